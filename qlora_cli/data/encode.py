@@ -1,0 +1,95 @@
+"""Conversations to token ids with a loss mask.
+
+Knows turns and limits; nothing of files or batches. Invariant: the mask follows from encoding the turns, never from
+searching for marker strings, and every supervised turn ends in a supervised end-of-turn token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_cli.data.conversation import Conversation
+from qlora_cli.data.turns import TurnEncoder
+
+LossOn = Literal["assistant", "last", "all"]
+TooLong = Literal["drop", "truncate", "error"]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """One training row: `ids` [T] int32, `loss` [T] bool (True where the token is a target), and where it came from."""
+
+    ids: NDArray[np.int32]
+    loss: NDArray[np.bool_]
+    where: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def targets(self) -> int:
+        """Tokens that carry loss. The first token is never predicted, so it never counts."""
+        return int(self.loss[1:].sum())
+
+
+def encode(conversation: Conversation, turns: TurnEncoder, loss_on: LossOn, where: str = "") -> list[Encoded]:
+    """The conversation as one row; as several where the template rewrites earlier turns once later ones follow
+    (as those do that strip reasoning from history), since then no single text holds what each turn was prompted with.
+    """
+    rows: list[tuple[list[int], list[bool]]] = []
+    for position in conversation.assistant_turns():
+        ids = turns.through(conversation.messages[: position + 1])
+        answer_from = len(turns.prompt(conversation.messages[:position])) if position else _start(turns, ids)
+        previous = rows[-1] if rows else ([], [])
+        if rows and ids[: len(previous[0])] == previous[0]:
+            rows.pop()
+            history = previous[1]
+        else:
+            history = []
+        mask = history + [False] * (answer_from - len(history)) + [True] * (len(ids) - answer_from)
+        rows.append((ids, mask))
+    return _apply(loss_on, [Encoded(np.array(i, np.int32), np.array(m, np.bool_), where) for i, m in rows])
+
+
+def _start(turns: TurnEncoder, ids: list[int]) -> int:
+    """Where the first turn's answer begins when nothing precedes it: after BOS, if there is one."""
+    start = turns.prompt(())
+    return len(start) if ids[: len(start)] == start else 0
+
+
+def _apply(loss_on: LossOn, rows: list[Encoded]) -> list[Encoded]:
+    if loss_on == "all":
+        return [replace(row, loss=np.ones(len(row), np.bool_)) for row in rows]
+    if loss_on == "last":
+        return [_only_last_run(rows[-1])]
+    return rows
+
+
+def _only_last_run(row: Encoded) -> Encoded:
+    loss = row.loss.copy()
+    masked = np.flatnonzero(~loss)
+    if len(masked):
+        loss[: masked[-1] + 1] = False
+    return replace(row, loss=loss)
+
+
+def shorten(row: Encoded, max_length: int, stop_ids: Sequence[int]) -> Encoded:
+    """The first `max_length` tokens, the last of them an end-of-turn target.
+
+    A cut through an answer replaces its last kept token by the end-of-turn token that the row ended with; a cut
+    through a prompt drops that prompt, back to the end of the answer before it (perhaps to nothing).
+    """
+    ids, loss = row.ids[:max_length].copy(), row.loss[:max_length].copy()
+    targets = np.flatnonzero(loss)
+    if not len(targets):
+        return replace(row, ids=ids[:0], loss=loss[:0])
+    if not loss[-1]:
+        ids, loss = ids[: targets[-1] + 1], loss[: targets[-1] + 1]
+    elif int(ids[-1]) not in stop_ids:
+        ids[-1] = row.ids[-1]
+    return replace(row, ids=ids, loss=loss)

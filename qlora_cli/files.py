@@ -1,0 +1,120 @@
+"""Writing that survives a crash: temporary name, fsync, rename.
+
+Knows files only. Invariant: under a final name there is either nothing, the old content, or the whole new content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.errors import DiskError
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns what the operating system says about `path` into a `DiskError`."""
+    try:
+        yield
+    except OSError as error:
+        raise _disk_error(path, error) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # safetensors wraps a full disk in its own type
+            raise
+        raise _disk_error(path, error) from error
+
+
+def _disk_error(path: Path, error: Exception) -> DiskError:
+    free = _free_bytes(path)
+    return DiskError(f"cannot write {path}: {error}", fix=f"free space there: {free}; choose another place with -o DIR")
+
+
+def _free_bytes(path: Path) -> str:
+    for folder in (path, *path.parents):
+        if folder.is_dir():
+            return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB"
+    return "unknown"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` by `text`, atomically."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            _apply_umask(Path(temporary))
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces `path` by `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _apply_umask(path: Path) -> None:
+    """mkstemp and safetensors create files that only their owner may read; the user's umask decides instead."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+@contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder beside `final`, renamed to it when the block ends well and removed when it does not."""
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))
+    try:
+        yield staging
+        with disk_errors(final):
+            _sync_tree(staging)
+            staging.replace(final)
+            _sync_folder(final.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _sync_tree(folder: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            _apply_umask(path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    folder.chmod(0o777 & ~umask)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,146 @@
+"""The frozen base model and its tokenizer.
+
+Knows transformers' loading. Invariant: a loaded base is frozen, holds its linear layers in the storage the recipe
+names and everything else in one dtype, and its 4-bit layers keep their packed format (see `nf4.keep_packed_format`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from qlora_cli.errors import ModelError
+from qlora_cli.model.folder import BaseFolder
+from qlora_cli.model.nf4 import four_bit_layers, keep_packed_format, loading_config, stored_bytes
+from qlora_cli.recipe.schema import ModelSection, QuantizationSection
+
+
+@dataclass(frozen=True)
+class BaseReport:
+    """What the base holds: parameters in all and in 4 bits, and bytes of each kind."""
+
+    parameters: int
+    four_bit_parameters: int
+    four_bit_bytes: int
+    other_bytes: int
+
+    @property
+    def share_not_four_bit(self) -> float:
+        """Share of the parameters that are not in 4 bits: embeddings, head, norms, and MoE experts."""
+        return 1 - self.four_bit_parameters / self.parameters
+
+
+def load_config(folder: BaseFolder) -> Any:
+    """The model's configuration; code that comes with a repository is not run."""
+    try:
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder.name}: its architecture is not known to the installed transformers: {_first_line(error)}",
+            why="code that comes with a model repository is never run",
+            fix="install a newer transformers, or choose another base",
+        ) from error
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else type(stored).__name__
+        raise ModelError(
+            f"{folder.name} is already quantised ({method})", fix="name the original 16-bit model in model.base"
+        )
+    return config
+
+
+def load_tokenizer(folder: BaseFolder) -> Any:
+    """The base's tokenizer; one without a pad token gets none (padding is masked by position)."""
+    try:
+        return AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder.name}: its tokenizer cannot be loaded: {_first_line(error)}",
+            fix="put the base's tokenizer files (tokenizer.json, tokenizer_config.json) into its folder",
+        ) from error
+
+
+def meta_model(config: Any) -> Any:
+    """The model's structure without any weight, for counting and for finding layers."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def load_base(
+    folder: BaseFolder,
+    section: ModelSection,
+    quantization: QuantizationSection,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """The model on `device`, frozen, its unquantised weights in `dtype`. `ModelError` for weights that do not fit."""
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
+    if quantization.type != "none":
+        options["quantization_config"] = loading_config(quantization, dtype)
+    if section.attention != "auto":
+        options["attn_implementation"] = section.attention
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder.path, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{folder.name}: cannot be loaded: {_first_line(error)}", fix=_load_fix(section)) from error
+    _check_complete(folder, info)
+    keep_packed_format(model)
+    model.requires_grad_(False)
+    return model
+
+
+def _load_fix(section: ModelSection) -> str:
+    if section.attention != "auto":
+        return f"model.attention is {section.attention}; `auto` takes what this model supports"
+    return "check that the folder is complete"
+
+
+def _check_complete(folder: BaseFolder, info: dict[str, Any]) -> None:
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise ModelError(
+            f"{folder.name}: {len(missing)} weights of its architecture are not in its files, e.g. {missing[0]}",
+            why="they would be random numbers",
+            fix="download the model again, or check that config.json belongs to these weights",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def report(model: Any) -> BaseReport:
+    """Counts of a loaded base. Every parameter counts once, tied ones too."""
+    layers = four_bit_layers(model)
+    packed = {id(layer.weight) for layer in layers.values()}
+    others = [p for p in model.parameters() if id(p) not in packed]
+    four_bit = sum(layer.in_features * layer.out_features for layer in layers.values())
+    return BaseReport(
+        parameters=four_bit + sum(p.numel() for p in others),
+        four_bit_parameters=four_bit,
+        four_bit_bytes=sum(stored_bytes(layer) for layer in layers.values()),
+        other_bytes=sum(p.numel() * p.element_size() for p in others),
+    )
+
+
+def set_checkpointing(model: Any, mode: str) -> None:
+    """`on` recomputes each layer's activations in the backward pass (non-reentrant); `offload` also keeps the layer
+    inputs in host memory; `off` keeps everything."""
+    if mode == "off":
+        return
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False}, **({"offload": True} if mode == "offload" else {}))
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            f"train.gradient_checkpointing: {mode} does not work with this model and transformers: {error}",
+            fix="set train.gradient_checkpointing to on or off, or install a newer transformers",
+        ) from error
+    # Needed only by reentrant checkpointing; left on, the first layer would compute a gradient nobody reads.
+    model.disable_input_require_grads()

@@ -1,0 +1,160 @@
+"""Finding a base model: a local folder, or a snapshot of a Hub repository.
+
+Knows files and the Hub, and loads nothing. Invariant: a `BaseFolder` holds a config and, when weights were asked for,
+safetensors files that all lie inside it; pickles are refused and no code from a repository runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import huggingface_hub
+from huggingface_hub import errors as hub_errors
+
+from qlora_cli.errors import MachineError, ModelError, QloraError
+from qlora_cli.files import sha256
+
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+FOLDER_FIX = "or download the model elsewhere and name its folder in model.base"
+
+
+@dataclass(frozen=True)
+class BaseFolder:
+    """A base model on this disk: the name the recipe gave, where its files are, and the Hub commit if it has one."""
+
+    name: str
+    path: Path
+    revision: str | None
+
+    def weight_files(self) -> list[Path]:
+        """Its safetensors files, in the order of their names."""
+        return sorted(self.path.glob("*.safetensors"))
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every file that decides what the model computes."""
+        files = [*self.weight_files(), *sorted(self.path.glob("*.json")), *sorted(self.path.glob("*.jinja"))]
+        return {file.name: sha256(file) for file in files}
+
+
+def find_base(name: str, revision: str | None, weights: bool = True) -> BaseFolder:
+    """The folder of base `name`; from the Hub it is downloaded, without its weights when `weights` is False.
+
+    Raises `ModelError` for what is missing or unsafe, `MachineError` for a Hub out of reach or a login that lacks.
+    """
+    local = Path(name).expanduser()
+    folder = BaseFolder(name, local, None) if local.is_dir() else _from_hub(name, revision, weights)
+    _check_config(folder)
+    if weights:
+        _check_weights(folder)
+    return folder
+
+
+def _from_hub(name: str, revision: str | None, weights: bool) -> BaseFolder:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(f"{name}: no such folder", fix="name a folder with config.json and *.safetensors, or a Hub id")
+    wanted = [*TEXT_FILES, *(["*.safetensors"] if weights else [])]
+    try:
+        path = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=wanted,
+            ignore_patterns=["*/*", "consolidated*"],
+            local_files_only=not hub_reachable(),
+        )
+    except (OSError, ValueError, hub_errors.HfHubHTTPError, hub_errors.HFValidationError) as error:
+        raise _hub_error(name, error) from error
+    return BaseFolder(name, Path(path), Path(path).name)
+
+
+def hub_reachable() -> bool:
+    """Whether the Hub's name resolves; without it, the client would retry for half a minute per file."""
+    if huggingface_hub.constants.is_offline_mode():
+        return False
+    host = urlparse(huggingface_hub.constants.ENDPOINT).hostname or ""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return bool(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"))
+    return True
+
+
+def _hub_error(name: str, error: Exception) -> QloraError:
+    if isinstance(error, hub_errors.GatedRepoError):
+        return MachineError(
+            f"{name} is gated on the Hub",
+            why="its owner asks for a login that has accepted the licence",
+            fix=f"accept it on the model's page, then run `hf auth login`; {FOLDER_FIX}",
+        )
+    if isinstance(error, hub_errors.RepositoryNotFoundError | hub_errors.RevisionNotFoundError):
+        return ModelError(
+            f"{name}: no such folder here, and no such repository or revision on the Hub",
+            why="a private repository looks the same without a login",
+            fix=f"check the name; for a private one run `hf auth login`; {FOLDER_FIX}",
+        )
+    return MachineError(
+        f"{name}: no such folder here, and the Hub cannot be reached",
+        why="offline, a model must lie in a folder or in the Hub cache already",
+        fix=f"check the path, or go online (`hf download {name}` fills the cache; `hf auth login` first "
+        f"if it is gated), {FOLDER_FIX}",
+    )
+
+
+def _check_config(folder: BaseFolder) -> None:
+    if not (folder.path / "config.json").is_file():
+        raise ModelError(f"{folder.name} has no config.json", fix="name the folder that holds config.json")
+    read_json(folder.path / "config.json")
+
+
+def _check_weights(folder: BaseFolder) -> None:
+    index = folder.path / INDEX
+    if index.is_file():
+        _check_index(folder, read_json(index))
+    elif not folder.weight_files():
+        raise _no_safetensors(folder)
+
+
+def _check_index(folder: BaseFolder, index: Any) -> None:
+    shards = sorted(set(index.get("weight_map", {}).values()))
+    outside = [name for name in shards if Path(name).name != name]
+    if outside:
+        raise ModelError(
+            f"{folder.name}: {INDEX} names a file outside of its folder: {outside[0]}",
+            why="a weight index must not read files elsewhere on this machine",
+            fix="get the model from a source that you trust",
+        )
+    missing = [name for name in shards if not (folder.path / name).is_file()]
+    if missing:
+        names = ", ".join(missing[:3])
+        raise ModelError(f"{folder.name}: {len(missing)} weight files are missing: {names}", fix="download it again")
+
+
+def _no_safetensors(folder: BaseFolder) -> ModelError:
+    pickles = sorted(file.name for pattern in PICKLES for file in folder.path.glob(pattern))
+    if not pickles:
+        return ModelError(f"{folder.name} has no *.safetensors", fix="name the folder that holds the weights")
+    return ModelError(
+        f"{folder.name} has its weights as pickles only ({pickles[0]})",
+        why="loading a pickle can run any code that it contains, so only safetensors are read",
+        fix='convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{folder.path}', dtype='auto').save_pretrained('{folder.path}-safetensors')\", "
+        "and copy the tokenizer's files beside it",
+    )
+
+
+def read_json(path: Path) -> Any:
+    """The JSON object in `path`, or a `ModelError` that names it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {error}", fix="download or write it again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: must hold a JSON object")
+    return value

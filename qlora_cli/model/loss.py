@@ -1,0 +1,24 @@
+"""The training loss: cross-entropy summed over target tokens.
+
+Knows a model's forward and nothing of recipes. Invariant: a *sum* with its count, never a mean, so that whoever adds
+micro-batches, steps or devices together can divide once by the number of tokens in all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def loss_sum(model: Any, ids: Tensor, attention: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+    """Scalar float32: the cross-entropy of `labels` [N], predicted at the N True positions of `targets` [B, T].
+
+    Logits are computed only at columns that hold a target in any row; the model's own head computes them, so
+    soft-capping and logit scales are honoured.
+    """
+    columns = targets.any(dim=0).nonzero().squeeze(1)
+    output = model(input_ids=ids, attention_mask=attention, logits_to_keep=columns, use_cache=False)
+    logits = output.logits[targets[:, columns]].float()
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

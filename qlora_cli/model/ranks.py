@@ -1,0 +1,60 @@
+"""The processes of a run, one per device, through accelerate.
+
+Knows devices and sums; nothing of models or data. Invariant: with one process every method is the identity, so that
+no caller asks how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class Ranks:
+    """This process among all of the run. `mixed` is the autocast dtype for full fine-tuning, or None."""
+
+    def __init__(self, device: torch.device, mixed: torch.dtype | None = None) -> None:
+        precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(mixed, "no") if mixed else "no"
+        self._accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+        self.device: torch.device = device
+        self.rank: int = self._accelerator.process_index
+        self.count: int = self._accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def mine(self, items: Sequence[Any]) -> list[tuple[int, Any]]:
+        """This process' share of `items`, each with its position among all."""
+        return [(i, item) for i, item in enumerate(items) if i % self.count == self.rank]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The elementwise sum over all processes."""
+        if self.count == 1:
+            return values
+        summed: Tensor = self._accelerator.reduce(values.to(self.device), reduction="sum")
+        return summed
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Replaces every gradient by its sum over all processes; one that a process lacks counts as zero there."""
+        if self.count == 1:
+            return
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = self.sum(torch.cat([gradient.reshape(-1).float() for gradient in gradients]))
+        for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = total.view_as(parameter).to(parameter.dtype)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision where it was asked for."""
+        context: AbstractContextManager[Any] = self._accelerator.autocast()
+        return context
+
+    def wait(self) -> None:
+        """Returns when every process has come here."""
+        self._accelerator.wait_for_everyone()

@@ -1,0 +1,112 @@
+"""What a run trains: an adapter beside a frozen base, or every weight.
+
+Knows models and how each kind is saved. Invariant: both kinds are written under a temporary name, read back, compared
+and renamed; a caller cannot tell them apart but by `kind`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qlora_cli.errors import ModelError
+from qlora_cli.files import disk_errors, staged_folder
+from qlora_cli.model.adapter import adapter_config, adapter_tensors, load_into, save_adapter
+from qlora_cli.model.lora import attach
+from qlora_cli.recipe.schema import LoraSection
+
+Beside = Callable[[Path], None]
+
+
+class Trained(Protocol):
+    """The trainable part of a model."""
+
+    kind: str
+    """Name of its folder in the run directory: `adapter` or `model`."""
+
+    def parameters(self) -> Sequence[torch.nn.Parameter]:
+        """Every trained parameter, always in the same order."""
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of the trained values on the CPU."""
+
+    def restore(self, values: Mapping[str, Tensor]) -> None:
+        """Puts a snapshot's values back."""
+
+    def save(self, final: Path, beside: Beside) -> None:
+        """Writes the folder `final`, with whatever `beside` adds, verified against the values in memory."""
+
+
+class TrainedAdapter:
+    """LoRA layers of a frozen base."""
+
+    kind = "adapter"
+
+    def __init__(self, model: Any, lora: LoraSection, base: str, dtype: torch.dtype, seed: int) -> None:
+        self._model, self._lora, self._base = model, lora, base
+        self.layers = attach(model, lora, dtype, seed)
+
+    def parameters(self) -> Sequence[torch.nn.Parameter]:
+        """See `Trained`."""
+        return [p for layer in self.layers.values() for p in (layer.lora_a, layer.lora_b)]
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """See `Trained`."""
+        return adapter_tensors(self.layers)
+
+    def restore(self, values: Mapping[str, Tensor]) -> None:
+        """See `Trained`."""
+        load_into(self.layers, values, Path("memory"))
+
+    def save(self, final: Path, beside: Beside) -> None:
+        """See `Trained`."""
+        config = adapter_config(self._model, self.layers, self._lora, self._base)
+        save_adapter(final, self.snapshot(), config, beside)
+
+
+class TrainedModel:
+    """Every weight of a model (full fine-tuning)."""
+
+    kind = "model"
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        model.requires_grad_(True)
+
+    def parameters(self) -> Sequence[torch.nn.Parameter]:
+        """See `Trained`."""
+        return list(self._model.parameters())
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """See `Trained`."""
+        return {name: p.detach().cpu().clone() for name, p in self._model.named_parameters()}
+
+    @torch.no_grad()
+    def restore(self, values: Mapping[str, Tensor]) -> None:
+        """See `Trained`."""
+        for name, parameter in self._model.named_parameters():
+            parameter.copy_(values[name])
+
+    def save(self, final: Path, beside: Beside) -> None:
+        """See `Trained`."""
+        with staged_folder(final) as folder:
+            with disk_errors(folder):
+                self._model.save_pretrained(folder)
+            beside(folder)
+            self._verify(folder)
+
+    def _verify(self, folder: Path) -> None:
+        read = AutoModelForCausalLM.from_pretrained(folder, dtype=self._model.dtype, use_safetensors=True)
+        expected, found = self.snapshot(), dict(read.named_parameters())
+        wrong = [name for name in expected if name not in found or not torch.equal(expected[name], found[name])]
+        if wrong or not all(bool(value.isfinite().all()) for value in expected.values()):
+            raise ModelError(
+                f"the model read back from {folder} differs from the one trained, or is not finite",
+                why=f"{len(wrong)} of {len(expected)} tensors differ",
+                fix="check the disk and save again",
+            )

@@ -1,0 +1,213 @@
+"""Pairs of keys that contradict each other, or of which one would have no effect.
+
+Knows a valid `Recipe` only; places and broken values are `check.py`'s. The invariant: a rule is silent when all keys
+have their defaults, and names every key it read, the one most likely at fault first.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from qlora_cli.recipe.scalars import written
+from qlora_cli.recipe.schema import QuantizationSection, Recipe
+
+# The fields of a row, by `data.format`.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt-completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "input", "output"),
+    "text": ("text",),
+}
+
+
+@dataclass(frozen=True)
+class Clash:
+    """Keys that do not go together; `what` is a phrase about the first of them."""
+
+    keys: tuple[str, ...]
+    what: str
+    why: str
+    fix: str
+
+
+Rule = Callable[[Recipe], Iterator[Clash]]
+
+
+def clashes(recipe: Recipe) -> list[Clash]:
+    """Everything in the recipe that contradicts itself."""
+    return [clash for rule in RULES for clash in rule(recipe)]
+
+
+def _length(recipe: Recipe) -> Iterator[Clash]:
+    steps, epochs = recipe.train.steps, recipe.train.epochs
+    keys = ("train.steps", "train.epochs")
+    why = "a run is either so many steps long or so many passes over the rows"
+    if steps is None and epochs is None:
+        fix = "write `steps: 1000` or `epochs: 1` under `train:`, e.g. --set train.epochs=1"
+        yield Clash(keys, "one of train.steps and train.epochs is required (got neither)", why, fix)
+    if steps is not None and epochs is not None:
+        what = f"only one of train.steps and train.epochs may be set (got {steps} and {written(epochs)})"
+        yield Clash(keys, what, why, "set the other to null, e.g. --set train.steps=null")
+
+
+def _batch(recipe: Recipe) -> Iterator[Clash]:
+    whole, micro = recipe.train.batch_size, recipe.train.micro_batch_size
+    if whole % micro:
+        what = f"must be a multiple of train.micro_batch_size (got {whole} and {micro})"
+        keys = ("train.batch_size", "train.micro_batch_size")
+        why = "a step is a whole number of passes of micro_batch_size rows each"
+        yield Clash(keys, what, why, f"e.g. --set train.batch_size={-(-whole // micro) * micro}")
+
+
+def _no_warmup(recipe: Recipe) -> Iterator[Clash]:
+    train = recipe.train
+    if train.schedule != "constant":
+        return
+    for name in ("warmup_steps", "warmup_ratio"):
+        if value := getattr(train, name):
+            what = f"has no effect with train.schedule constant (got {written(value)})"
+            why = "the constant schedule starts at the full rate"
+            fix = f"--set train.schedule=constant_with_warmup, or --set train.{name}=0"
+            yield Clash((f"train.{name}", "train.schedule"), what, why, fix)
+
+
+def _needs_warmup(recipe: Recipe) -> Iterator[Clash]:
+    train = recipe.train
+    if train.schedule == "constant_with_warmup" and not (train.warmup_steps or train.warmup_ratio):
+        what = "constant_with_warmup needs a warm-up (got train.warmup_steps 0 and train.warmup_ratio 0)"
+        keys = ("train.schedule", "train.warmup_steps", "train.warmup_ratio")
+        fix = "e.g. --set train.warmup_ratio=0.03, or --set train.schedule=constant"
+        yield Clash(keys, what, "without one it is the constant schedule", fix)
+
+
+def _two_warmups(recipe: Recipe) -> Iterator[Clash]:
+    train = recipe.train
+    if train.warmup_steps and train.warmup_ratio:
+        what = f"only one warm-up may be set (got warmup_steps {train.warmup_steps}, warmup_ratio {train.warmup_ratio})"
+        keys = ("train.warmup_ratio", "train.warmup_steps")
+        yield Clash(keys, what, "both say how long the warm-up lasts", "remove one, e.g. --set train.warmup_ratio=0")
+
+
+def _long_warmup(recipe: Recipe) -> Iterator[Clash]:
+    train = recipe.train
+    if train.steps is not None and train.warmup_steps >= train.steps:
+        what = f"must be below train.steps (got {train.warmup_steps} and {train.steps})"
+        why = "the run would end before the full learning rate is reached"
+        fix = f"e.g. --set train.warmup_steps={train.steps // 10}"
+        yield Clash(("train.warmup_steps", "train.steps"), what, why, fix)
+
+
+def _full_fine_tuning(recipe: Recipe) -> Iterator[Clash]:
+    if recipe.lora is None and recipe.quantization.type != "none":
+        what = f"null trains every weight, but quantization.type is {recipe.quantization.type} (got null)"
+        why = "4-bit weights are frozen: without an adapter nothing would be trained"
+        fix = "keep an adapter (remove `lora: null`), or --set quantization.type=none"
+        yield Clash(("lora", "quantization.type"), what, why, fix)
+
+
+def _idle_quantization(recipe: Recipe) -> Iterator[Clash]:
+    if recipe.quantization.type != "none":
+        return
+    for name in ("storage_dtype", "double_quant", "blocksize"):
+        value = getattr(recipe.quantization, name)
+        default = QuantizationSection.model_fields[name].default
+        if value != default:
+            what = f"has no effect with quantization.type none (got {written(value)})"
+            fix = f"--set quantization.{name}={written(default)}, the default, or --set quantization.type=nf4"
+            yield Clash((f"quantization.{name}", "quantization.type"), what, "nothing is stored in 4 bits", fix)
+
+
+def _two_held_out(recipe: Recipe) -> Iterator[Clash]:
+    data = recipe.data
+    if data.eval is not None and data.eval_split is not None:
+        what = f"only one of data.eval and data.eval_split may be set (got {written(data.eval_split)})"
+        fix = "keep one, e.g. --set data.eval_split=null"
+        yield Clash(("data.eval_split", "data.eval"), what, "there is one set of held-out rows", fix)
+
+
+def _nothing_held_out(recipe: Recipe) -> Iterator[Clash]:
+    if recipe.data.eval is not None or recipe.data.eval_split is not None:
+        return
+    for name, idle in (("every", None), ("keep_best", False), ("patience", None)):
+        value = getattr(recipe.eval, name)
+        if value != idle:
+            what = f"needs held-out rows, but data.eval and data.eval_split are not set (got {written(value)})"
+            fix = f"e.g. --set data.eval_split=0.05, or --set eval.{name}={written(idle)}"
+            yield Clash((f"eval.{name}", "data.eval", "data.eval_split"), what, "there is nothing to evaluate on", fix)
+
+
+def _single_evaluation(recipe: Recipe) -> Iterator[Clash]:
+    if recipe.eval.every is not None:
+        return
+    for name, idle in (("keep_best", False), ("patience", None)):
+        value = getattr(recipe.eval, name)
+        if value != idle:
+            what = f"needs eval.every, the steps between evaluations (got {written(value)})"
+            why = "without it there is one evaluation, at the end, and nothing to compare it with"
+            fix = f"e.g. --set eval.every=100, or --set eval.{name}={written(idle)}"
+            yield Clash((f"eval.{name}", "eval.every"), what, why, fix)
+
+
+def _last_of_text(recipe: Recipe) -> Iterator[Clash]:
+    if recipe.data.format == "text" and recipe.data.loss_on == "last":
+        what = "last needs answers, but data.format is text (got last)"
+        why = "a text has no turns; all of it carries loss"
+        yield Clash(("data.loss_on", "data.format"), what, why, "--set data.loss_on=all")
+
+
+def _template_of_text(recipe: Recipe) -> Iterator[Clash]:
+    template = recipe.data.template
+    if recipe.data.format == "text" and template not in ("auto", "none"):
+        what = f"{template} needs turns, but data.format is text (got {template})"
+        why = "a text is trained on as it stands"
+        yield Clash(("data.template", "data.format"), what, why, "--set data.template=none")
+
+
+def _columns(recipe: Recipe) -> Iterator[Clash]:
+    known = FIELDS[recipe.data.format]
+    for name in recipe.data.columns:
+        if name not in known:
+            what = f"data.format {recipe.data.format} has no field of this name (got {name!r})"
+            why = f"its fields are: {', '.join(known)}"
+            near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+            fix = f"did you mean {near[0]}? write FIELD: COLUMN" if near else "write FIELD: COLUMN, or set data.format"
+            yield Clash((f"data.columns.{name}", "data.format"), what, why, fix)
+
+
+# Key, value, and why the CPU cannot do it; the last is the value to use instead.
+_CPU_LACKS = (
+    ("train", "gradient_checkpointing", "offload", "activations are in host memory already", "on"),
+    ("model", "attention", "flash_attention_2", "FlashAttention runs on CUDA devices only", "auto"),
+    ("quantization", "compute_dtype", "float16", "training in float16 on a CPU is not supported", "auto"),
+)
+
+
+def _cpu(recipe: Recipe) -> Iterator[Clash]:
+    if recipe.model.device != "cpu":
+        return
+    for section, name, value, why, instead in _CPU_LACKS:
+        if getattr(getattr(recipe, section), name) == value:
+            key = f"{section}.{name}"
+            what = f"needs a CUDA device, but model.device is cpu (got {value})"
+            yield Clash((key, "model.device"), what, why, f"--set {key}={instead}")
+
+
+RULES: tuple[Rule, ...] = (
+    _length,
+    _batch,
+    _no_warmup,
+    _needs_warmup,
+    _two_warmups,
+    _long_warmup,
+    _full_fine_tuning,
+    _idle_quantization,
+    _two_held_out,
+    _nothing_held_out,
+    _single_evaluation,
+    _last_of_text,
+    _template_of_text,
+    _columns,
+    _cpu,
+)

@@ -1,0 +1,176 @@
+"""The recipe: every key, its type, range, default and help text, stated once.
+
+Knows pydantic and nothing of torch. The one invariant: a `Recipe` that exists is valid, frozen and complete, so
+that no later part checks a value or supplies a default. Pairs of keys that contradict each other are in `rules.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys refused, values of the stated type only, unchangeable once made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=False)
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    base: Name = Field(description="Base model: a folder (config.json, *.safetensors, tokenizer) or a Hub id.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="Attention implementation; `auto` lets the model choose the best one present."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where to compute; `auto` takes a CUDA device when there is one."
+    )
+
+
+class QuantizationSection(Section):
+    """How the frozen base is stored."""
+
+    type: Literal["nf4", "fp4", "none"] = Field(
+        "nf4", description="4-bit NormalFloat, 4-bit float, or `none` for 16-bit LoRA and full fine-tuning."
+    )
+    double_quant: bool = Field(True, description="Quantise the quantization constants too (4.127 bits per weight).")
+    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
+        64, description="Weights that share one quantization constant."
+    )
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Type of activations and matrix products; `auto`: bfloat16 where the device has it."
+    )
+    storage_dtype: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
+        "uint8", description="Type of the tensor that holds the packed 4-bit weights; no effect on values."
+    )
+
+
+class LoraSection(Section):
+    """The adapter."""
+
+    r: Annotated[int, Field(ge=1, le=4096)] = Field(16, description="Rank.")
+    alpha: Annotated[float, Field(gt=0)] = Field(32, description="Scaling numerator: the delta is scaled by alpha/r.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout on the adapter's input.")
+    targets: Literal["all-linear"] | Name | Annotated[tuple[Name, ...], Field(min_length=1)] = Field(
+        "all-linear",
+        description="`all-linear` (every linear layer of the decoder but the head), a list of layer names "
+        "(`q_proj` or a full name), or one regular expression that must match a full name.",
+    )
+    rslora: bool = Field(False, description="Rank-stabilised scaling, alpha/sqrt(r).")
+    bias: Literal["none"] = Field("none", description="Which biases are trained.")
+    dtype: Literal["compute", "float32"] = Field(
+        "float32",
+        description="Type of the stored adapter weights; matrix products run in the compute dtype either way.",
+    )
+
+
+class DataSection(Section):
+    """Rows, and what of them carries loss."""
+
+    train: Name = Field(description="Training rows: a local .jsonl file or the Hub id of a dataset.")
+    split: Name = Field("train", description="Split of a Hub dataset to train on.")
+    eval: str | None = Field(
+        None, description="Held-out rows: a local .jsonl file, or a Hub id with its split: ID:SPLIT."
+    )
+    eval_split: PositiveInt | Share | None = Field(
+        None, description="Hold out this many training rows (a count, or a share below 1), chosen by content hash."
+    )
+    format: Literal["messages", "prompt-completion", "alpaca", "text"] = Field(
+        "messages", description="Shape of a row."
+    )
+    columns: dict[Name, Name] = Field(
+        default_factory=dict, description="Names that differ in your rows, as FIELD: COLUMN (e.g. `prompt: input`)."
+    )
+    template: Literal["auto", "tokenizer", "alpaca", "none"] = Field(
+        "auto",
+        description="`tokenizer`: its own chat template; `alpaca`: instruction and response under headings; `none`: "
+        "plain text, the tokenizer's EOS after each answer; `auto`: `tokenizer` for `messages`, the tokenizer's or "
+        "else `alpaca` for `alpaca`, `none` for the others.",
+    )
+    max_length: PositiveInt = Field(1024, description="Most tokens of a row.")
+    too_long: Literal["drop", "truncate", "error"] = Field(
+        "drop", description="A longer row: leave it out, cut its end (the end-of-turn token stays), or stop."
+    )
+    loss_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="Tokens that carry loss: every answer, the last answer only, or everything."
+    )
+
+
+class TrainSection(Section):
+    """The training loop."""
+
+    steps: PositiveInt | None = Field(None, description="Optimizer steps. Exactly one of `steps` and `epochs` is set.")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="Passes over the training rows.")
+    batch_size: PositiveInt = Field(16, description="Rows per optimizer step, over all devices.")
+    micro_batch_size: PositiveInt = Field(1, description="Rows that pass through the model at once, per device.")
+    group_by_length: bool = Field(False, description="Batch rows of similar length (less padding, less random order).")
+    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw"] = Field(
+        "paged_adamw_8bit", description="Optimizer; paging needs CUDA, on CPU the same states are kept unpaged."
+    )
+    lr: Annotated[float, Field(gt=0, le=1)] = Field(2e-4, description="Peak learning rate.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="Adam's two decay rates."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
+        "cosine", description="Learning rate over the steps; `linear` and `cosine` end at 0."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps of linear warm-up.")
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Warm-up as a share of all steps.")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        0.3, description="Clip the gradient's norm to this; null: never."
+    )
+    gradient_checkpointing: Literal["on", "off", "offload"] = Field(
+        "on", description="Recompute activations in the backward pass; `offload` also keeps them in host memory."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of every random draw.")
+
+
+class EvalSection(Section):
+    """Evaluation on the held-out rows during training."""
+
+    every: PositiveInt | None = Field(None, description="Steps between evaluations; null: once, at the end.")
+    batch_size: PositiveInt = Field(4, description="Rows per forward pass.")
+    keep_best: bool = Field(False, description="Keep the adapter with the lowest held-out loss instead of the last.")
+    patience: PositiveInt | None = Field(
+        None, description="Stop early after this many evaluations without a lower held-out loss."
+    )
+
+
+class SaveSection(Section):
+    """Checkpoints."""
+
+    every: PositiveInt | None = Field(None, description="Steps between checkpoints of the adapter; null: none.")
+    keep_last: Annotated[int, Field(ge=2)] = Field(2, description="Checkpoints kept.")
+
+
+class LogSection(Section):
+    """The log."""
+
+    every: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl and of a plain console.")
+
+
+class Recipe(Section):
+    """A fine-tuning run."""
+
+    model: ModelSection = Field(description="The base model.")
+    quantization: QuantizationSection = Field(
+        default_factory=QuantizationSection, description="How the frozen base is stored."
+    )
+    lora: LoraSection | None = Field(
+        default_factory=LoraSection, description="The adapter; null: full fine-tuning of every weight."
+    )
+    data: DataSection = Field(description="Rows, and what of them carries loss.")
+    train: TrainSection = Field(default_factory=TrainSection, description="The training loop.")
+    eval: EvalSection = Field(default_factory=EvalSection, description="Evaluation during training.")
+    save: SaveSection = Field(default_factory=SaveSection, description="Checkpoints.")
+    log: LogSection = Field(default_factory=LogSection, description="The log.")
+    output: str | None = Field(None, description="Run directory; default out/RECIPE-NAME; `-o` wins over both.")

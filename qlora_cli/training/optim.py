@@ -1,0 +1,84 @@
+"""Optimizer and learning rate.
+
+Knows one recipe section. Invariant: the learning rate is a pure function of the step, so that it cannot jump when a
+run is resumed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import bitsandbytes.optim as bnb_optim
+import torch
+
+from qlora_cli.recipe.schema import TrainSection
+
+
+def _torch_adamw(parameters: Sequence[torch.nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, fused=True, **options)
+
+
+Factory = Callable[..., Any]
+ON_CUDA: Mapping[str, Factory] = {
+    "paged_adamw_8bit": bnb_optim.PagedAdamW8bit,
+    "paged_adamw_32bit": bnb_optim.PagedAdamW32bit,
+    "adamw_8bit": bnb_optim.AdamW8bit,
+    "adamw": _torch_adamw,
+}
+ON_CPU: Mapping[str, Factory] = {  # nothing pages there: the same states, kept in plain memory
+    "paged_adamw_8bit": bnb_optim.AdamW8bit,
+    "paged_adamw_32bit": bnb_optim.AdamW32bit,
+    "adamw_8bit": bnb_optim.AdamW8bit,
+    "adamw": _torch_adamw,
+}
+STATE_BYTES: Mapping[str, float] = {
+    "paged_adamw_8bit": 2 * (1 + 4 / 256),
+    "paged_adamw_32bit": 8,
+    "adamw_8bit": 2 * (1 + 4 / 256),
+    "adamw": 8,
+}
+"""Optimizer state per trained parameter: two moments, and one float32 constant per 256 values where they are 8-bit."""
+
+
+def build_optimizer(
+    parameters: Sequence[torch.nn.Parameter], train: TrainSection, device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer that `train.optimizer` names, for this device."""
+    factory = (ON_CUDA if device.type == "cuda" else ON_CPU)[train.optimizer]
+    optimizer: torch.optim.Optimizer = factory(
+        parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay
+    )
+    return optimizer
+
+
+def paging_note(train: TrainSection, device: torch.device) -> str:
+    """What the console says when a paged optimizer cannot page; empty when there is nothing to say."""
+    if device.type == "cuda" or not train.optimizer.startswith("paged_"):
+        return ""
+    return f"{train.optimizer}: nothing pages on a CPU; the same optimizer states are kept in plain memory"
+
+
+def warmup_steps(train: TrainSection, total: int) -> int:
+    """Steps of warm-up, from `warmup_steps` or `warmup_ratio` (rounded up)."""
+    return train.warmup_steps or math.ceil(train.warmup_ratio * total)
+
+
+def lr_at(step: int, total: int, train: TrainSection) -> float:
+    """Learning rate of 0-based `step` of `total`. Warm-up rises linearly to the peak at its last step; then it is
+    constant, or falls as a line or half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983) towards 0 at `total`.
+    """
+    warmup = warmup_steps(train, total)
+    if step < warmup:
+        return train.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return train.lr * DECAY[train.schedule](progress)
+
+
+DECAY: Mapping[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "constant_with_warmup": lambda progress: 1.0,
+    "linear": lambda progress: max(0.0, 1.0 - progress),
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))),
+}

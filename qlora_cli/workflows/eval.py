@@ -1,0 +1,65 @@
+"""`qlora eval`: loss and perplexity on the held-out rows of a recipe.
+
+Sees the whole recipe. Invariant: the rows are those that training held out, found by content.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.data.dataset import load_held_out
+from qlora_cli.evaluation.perplexity import EvalResult, evaluate
+from qlora_cli.model.ranks import Ranks
+from qlora_cli.recipe.load import load_recipe
+from qlora_cli.training.guard import memory_guard
+from qlora_cli.workflows.events import Emit, Stage, eval_json
+from qlora_cli.workflows.locate import Found, find, load_model
+
+
+@dataclass(frozen=True)
+class EvalOutcome:
+    """What was evaluated, on which rows, and the figures."""
+
+    base: str
+    adapter: Path | None
+    data: str
+    result: EvalResult
+
+    def line(self) -> str:
+        """One line of text."""
+        r, what = self.result, f"{self.base} with {self.adapter}" if self.adapter else self.base
+        return f"{what}: loss {r.loss:.4f}, perplexity {r.perplexity:.3f} over {r.targets:,} tokens of {r.rows:,} rows"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        adapter = str(self.adapter) if self.adapter else None
+        return {"event": "result", "base": self.base, "adapter": adapter, "data": self.data, **eval_json(self.result)}
+
+
+def run_eval(target: str, adapter: Path | None, emit: Emit) -> EvalOutcome:
+    """Evaluates a run's adapter, or a recipe's base (with `adapter`, when given). Data and base are read anew."""
+    found = _find(target, adapter)
+    recipe = found.recipe
+    emit(Stage(f"loading {recipe.model.base}"))
+    with memory_guard("loading the base model"):
+        loaded = load_model(found)
+    rows = load_held_out(recipe.data, loaded.tokenizer)
+    emit(Stage(f"evaluating on {len(rows):,} held-out rows"))
+    with memory_guard("evaluating"):
+        pad = loaded.tokenizer.pad_token_id or 0
+        result = evaluate(loaded.model, rows, recipe.eval.batch_size, pad, Ranks(loaded.device))
+    return EvalOutcome(recipe.model.base, found.adapter, recipe.data.eval or recipe.data.train, result)
+
+
+def _find(target: str, adapter: Path | None) -> Found:
+    """A run's own recipe; or a recipe file's rows, on the base and template of `adapter` where one is given."""
+    if Path(target).is_dir():
+        return find(target, None) if adapter is None else find(None, adapter)
+    recipe = load_recipe(target).recipe
+    if adapter is None:
+        return Found(recipe.model_copy(update={"lora": None}), None)
+    trained = find(None, adapter)
+    rows = recipe.data.model_copy(update={"template": trained.recipe.data.template})
+    return Found(trained.recipe.model_copy(update={"data": rows, "eval": recipe.eval}), trained.adapter)

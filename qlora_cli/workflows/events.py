@@ -1,0 +1,151 @@
+"""What a workflow tells while it runs: facts, notices, progress.
+
+Knows plain values. Invariant: every event has one line of plain text and one JSON object, so that the terminal, the
+log file and `--json` say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from qlora_cli.evaluation.perplexity import EvalResult
+from qlora_cli.training.loop import StepReport
+
+
+class Event(Protocol):
+    """Something worth telling."""
+
+    def line(self) -> str:
+        """One line of plain text."""
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON object with `event`."""
+
+
+Emit = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the work that begins and may take a while."""
+
+    text: str
+
+    def line(self) -> str:
+        """See `Event`."""
+        return f"{self.text} ..."
+
+    def as_json(self) -> dict[str, Any]:
+        """See `Event`."""
+        return {"event": "stage", "text": self.text}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A line of the header: what the run works with."""
+
+    label: str
+    text: str
+
+    def line(self) -> str:
+        """See `Event`."""
+        return f"{self.label:<8}{self.text}"
+
+    def as_json(self) -> dict[str, Any]:
+        """See `Event`."""
+        return {"event": "fact", "label": self.label, "text": self.text}
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the user would want to know and did not ask."""
+
+    text: str
+
+    def line(self) -> str:
+        """See `Event`."""
+        return f"note: {self.text}"
+
+    def as_json(self) -> dict[str, Any]:
+        """See `Event`."""
+        return {"event": "notice", "text": self.text}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of `total`, with the peak memory so far and the seconds that remain; `logged` every `log.every`."""
+
+    report: StepReport
+    total: int
+    memory_bytes: int
+    eta_seconds: float
+    logged: bool
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens, without padding."""
+        return self.report.tokens / self.report.seconds
+
+    def line(self) -> str:
+        """See `Event`."""
+        r = self.report
+        return (
+            f"step {r.step}/{self.total}  loss {r.loss:.4f}  lr {r.lr:.2e}  grad {r.grad_norm:.3f}  "
+            f"{self.tokens_per_second:,.0f} tok/s  {self.memory_bytes / 1e9:.2f} GB  eta {duration(self.eta_seconds)}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """See `Event`."""
+        return {"event": "step", "total": self.total, "memory_bytes": self.memory_bytes, **asdict(self.report)}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Held-out loss after `step` steps."""
+
+    step: int
+    result: EvalResult
+    best: bool
+
+    def line(self) -> str:
+        """See `Event`."""
+        r, mark = self.result, " (best so far)" if self.best else ""
+        return (
+            f"eval at step {self.step}: loss {r.loss:.4f}, perplexity {r.perplexity:.3f} "
+            f"over {r.targets:,} tokens of {r.rows:,} rows{mark}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """See `Event`."""
+        return {"event": "eval", "step": self.step, "best": self.best, **eval_json(self.result)}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Something written, read back and found equal."""
+
+    what: str
+    path: Path
+
+    def line(self) -> str:
+        """See `Event`."""
+        return f"saved and verified: {self.what} in {self.path}"
+
+    def as_json(self) -> dict[str, Any]:
+        """See `Event`."""
+        return {"event": "saved", "what": self.what, "path": str(self.path)}
+
+
+def eval_json(result: EvalResult) -> dict[str, Any]:
+    """The figures of an evaluation as plain values."""
+    return {**asdict(result), "perplexity": result.perplexity}
+
+
+def duration(seconds: float) -> str:
+    """`1:05` or `2:03:04`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,108 @@
+"""What a RUN, an adapter folder, a model or a recipe on the command line stands for.
+
+Sees run directories. Invariant: what is evaluated or talked to uses the base, template and quantization that the
+adapter was trained with, read from the recipe saved beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_cli.errors import ModelError
+from qlora_cli.model.adapter import CONFIG, load_into, read_adapter
+from qlora_cli.model.base import load_base, load_config, load_tokenizer
+from qlora_cli.model.device import compute_dtype, find_machine
+from qlora_cli.model.folder import BaseFolder, find_base
+from qlora_cli.model.lora import attach
+from qlora_cli.recipe.schema import DataSection, ModelSection, Recipe
+from qlora_cli.recipe.snapshot import read_resolved
+from qlora_cli.workflows.card import RECIPE_FILE
+from qlora_cli.workflows.prepare import local_rank
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to compute, its tokenizer, and the recipe it was trained with (or a plain one)."""
+
+    model: Any
+    tokenizer: Any
+    recipe: Recipe
+    device: torch.device
+
+
+def adapter_folder(path: Path) -> Path:
+    """The adapter in `path`: a run directory's adapter/, or the folder itself."""
+    for folder in (path / "adapter", path):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise ModelError(
+        f"{path} holds no adapter",
+        why=f"neither {path / 'adapter' / CONFIG} nor {path / CONFIG} exists",
+        fix="name a finished run directory or an adapter folder",
+    )
+
+
+def recipe_of(adapter: Path) -> Recipe:
+    """The resolved recipe that lies beside an adapter."""
+    if not (adapter / RECIPE_FILE).is_file():
+        raise ModelError(
+            f"{adapter} has no {RECIPE_FILE}",
+            why="without it, base, quantization and template of the training are not known",
+            fix="name an adapter that `qlora train` wrote",
+        )
+    return read_resolved(adapter / RECIPE_FILE)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A recipe, and the adapter to put on its base, if any."""
+
+    recipe: Recipe
+    adapter: Path | None
+
+
+def find(target: str | None, adapter: Path | None) -> Found:
+    """What `target` (a run, an adapter folder, or a model) and `--adapter` name. A target beside an adapter is the
+    base to put it on; otherwise the base is the one that the adapter was trained on."""
+    if adapter is not None:
+        recipe = recipe_of(adapter_folder(adapter))
+        moved = recipe.model.model_copy(update={"base": target, "revision": None}) if target else recipe.model
+        return Found(recipe.model_copy(update={"model": moved}), adapter_folder(adapter))
+    path = Path(str(target))
+    if not path.is_dir() or (path / "config.json").is_file():
+        return Found(plain_recipe(str(target)), None)
+    if (path / "model" / RECIPE_FILE).is_file():
+        return Found(_tuned_model(path / "model"), None)
+    return Found(recipe_of(adapter_folder(path)), adapter_folder(path))
+
+
+def _tuned_model(folder: Path) -> Recipe:
+    """The recipe of a full fine-tuning, with its result as the base."""
+    recipe = recipe_of(folder)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str(folder), "revision": None})})
+
+
+def plain_recipe(model: str) -> Recipe:
+    """The recipe for talking to a model as it is: 4-bit, no adapter, its own template."""
+    return Recipe(model=ModelSection(base=model), lora=None, data=DataSection(train="-"))
+
+
+def load_model(found: Found) -> Loaded:
+    """The base as the recipe says, with the adapter's values where there is one. The tokenizer (and with it the
+    template) is the one saved beside the adapter."""
+    recipe, adapter = found.recipe, found.adapter
+    machine = find_machine(recipe.model.device, local_rank())
+    dtype = compute_dtype(recipe.quantization.compute_dtype, machine)
+    folder = find_base(recipe.model.base, recipe.model.revision)
+    load_config(folder)
+    model = load_base(folder, recipe.model, recipe.quantization, dtype, machine.device)
+    if adapter is not None:
+        assert recipe.lora is not None, "an adapter's recipe has a lora section"
+        tensors = read_adapter(adapter)[1]
+        load_into(attach(model, recipe.lora, dtype, seed=0), tensors, adapter)
+    tokenizer = load_tokenizer(BaseFolder(str(adapter), adapter, None) if adapter else folder)
+    return Loaded(model.eval(), tokenizer, recipe, machine.device)

@@ -1,0 +1,31 @@
+"""What decided a run's result: content hashes, revisions, versions, device, seed.
+
+Sees a prepared run. Invariant: it names content, never places or secrets.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from typing import Any
+
+from qlora_cli import __version__
+from qlora_cli.workflows.prepare import Prepared
+
+LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers")
+
+
+def lock(ready: Prepared) -> dict[str, Any]:
+    """The values of lock.json. Files of a Hub model are identified by its commit, local ones by their hashes."""
+    local = ready.folder.revision is None
+    return {
+        "qlora": __version__,
+        "base": {"name": ready.folder.name, "revision": ready.folder.revision},
+        "base_sha256": ready.folder.hashes() if local else None,
+        "data": {source.source: source.sha256 for source in ready.data.receipt.sources},
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "python": sys.version.split()[0],
+        "device": ready.machine.name,
+        "compute_dtype": str(ready.dtype).removeprefix("torch."),
+        "seed": ready.recipe.train.seed,
+    }

@@ -1,0 +1,132 @@
+"""Everything that can fail before a weight is read: machine, base folder, structure, data, plan.
+
+Sees the whole recipe. Invariant: what it returns is enough to start training, and nothing was written anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlora_cli.data.dataset import TokenData, load_data
+from qlora_cli.errors import RecipeError
+from qlora_cli.model.base import load_config, load_tokenizer, meta_model
+from qlora_cli.model.device import Machine, compute_dtype, find_machine
+from qlora_cli.model.folder import BaseFolder, find_base
+from qlora_cli.recipe.load import LoadedRecipe
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.training.optim import paging_note
+from qlora_cli.workflows.events import Emit, Fact, Notice, Stage
+from qlora_cli.workflows.plan import Plan, check_length, make_plan, shape_of
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked start."""
+
+    recipe: Recipe
+    machine: Machine
+    dtype: torch.dtype
+    folder: BaseFolder
+    tokenizer: Any
+    data: TokenData
+    plan: Plan
+
+    @property
+    def pad_id(self) -> int:
+        """What fills padded positions; they are masked by position, so any id would do."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else 0
+
+
+def local_rank() -> int:
+    """This process' device index among those of its machine, as its launcher says."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def prepare(loaded: LoadedRecipe, weights: bool, emit: Emit) -> Prepared:
+    """Checks in the order of cost: machine, base folder and structure, tokenizer, data. `weights` False (a dry run)
+    neither needs nor downloads them."""
+    recipe = loaded.recipe
+    machine = find_machine(recipe.model.device, local_rank())
+    dtype = compute_dtype(recipe.quantization.compute_dtype, machine)
+    _check_world(recipe)
+    folder = find_base(recipe.model.base, recipe.model.revision, weights)
+    config = load_config(folder)
+    check_length(recipe, config, loaded.origins.get("data.max_length", ""))
+    shape = shape_of(meta_model(config), recipe)
+    tokenizer = load_tokenizer(folder)
+    emit(Stage(f"reading {recipe.data.train}"))
+    data = load_data(recipe.data, tokenizer)
+    ready = Prepared(
+        recipe, machine, dtype, folder, tokenizer, data, make_plan(recipe, shape, data, weights_dtype(recipe, dtype))
+    )
+    for event in header(ready):
+        emit(event)
+    return ready
+
+
+def weights_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
+    """Type of unquantised weights: the compute dtype, or float32 where they are trained (with autocast around)."""
+    return dtype if recipe.lora is not None else torch.float32
+
+
+def _check_world(recipe: Recipe) -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if recipe.train.batch_size % (recipe.train.micro_batch_size * world):
+        raise RecipeError(
+            f"train.batch_size is {recipe.train.batch_size}, not a multiple of train.micro_batch_size "
+            f"({recipe.train.micro_batch_size}) x processes ({world})",
+            why="every process takes the same number of micro-batches",
+            fix=f"set train.batch_size to a multiple of {recipe.train.micro_batch_size * world}",
+        )
+
+
+def header(ready: Prepared) -> list[Fact | Notice]:
+    """The console's header: model, quantization, adapter, data, plan, memory."""
+    recipe, shape, plan = ready.recipe, ready.plan.shape, ready.plan
+    share = 100 * (1 - shape.four_bit / shape.parameters)
+    facts: list[Fact | Notice] = [
+        Fact("model", f"{recipe.model.base}, {shape.parameters:,} parameters on {ready.machine.name}"),
+        Fact("base", f"{_quantization(ready)}; {share:.1f}% of parameters are not 4-bit"),
+        Fact("lora" if recipe.lora else "train", _trainable(ready)),
+        *(Fact("data", line) for line in ready.data.receipt.lines()),
+        Fact("plan", _plan_line(ready)),
+        Fact("memory", f"about {plan.memory_bytes / 1e9:.2f} GB ({_parts(plan.memory)}), estimated"),
+    ]
+    note = paging_note(recipe.train, ready.machine.device)
+    return [*facts, *([Notice(note)] if note else [])]
+
+
+def _quantization(ready: Prepared) -> str:
+    quant, dtype = ready.recipe.quantization, str(ready.dtype).removeprefix("torch.")
+    if quant.type == "none":
+        return f"not quantised, compute {dtype}"
+    double = " + double quantization" if quant.double_quant else ""
+    return f"{quant.type}{double}, blocks of {quant.blocksize}, compute {dtype}"
+
+
+def _trainable(ready: Prepared) -> str:
+    shape, lora = ready.plan.shape, ready.recipe.lora
+    share = f"{shape.trainable:,} trainable parameters ({100 * shape.trainable / shape.parameters:.2f}%)"
+    if lora is None:
+        return f"full fine-tuning, {share}"
+    kind = ", rank-stabilised" if lora.rslora else ""
+    return f"r {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g}{kind}, {shape.adapted_layers} layers, {share}"
+
+
+def _plan_line(ready: Prepared) -> str:
+    plan, train = ready.plan, ready.recipe.train
+    split = f"{train.batch_size} rows a step in micro-batches of {train.micro_batch_size}"
+    passes = plan.rows / len(ready.data.train)
+    return (
+        f"{plan.steps:,} steps, {split}, {plan.rows:,} rows ({passes:.2f} epochs), about {plan.tokens:,} tokens; "
+        f"{train.optimizer}, lr {train.lr:g} {train.schedule}"
+    )
+
+
+def _parts(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in parts.items() if size)

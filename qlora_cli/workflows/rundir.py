@@ -1,0 +1,95 @@
+"""The run directory: what belongs in it, and that nothing in one is overwritten.
+
+Knows paths and JSON. Invariant: a directory that holds anything is refused, but for one whose run failed before its
+first step; and `status.json` always says in which state the run is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.errors import DiskError, RunDirectoryError
+from qlora_cli.files import disk_errors, write_json, write_text
+
+STATUS = "status.json"
+
+
+def check_unused(path: Path) -> None:
+    """Raises `RunDirectoryError` unless `path` is new, empty, or left by a run that failed before its first step."""
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"{path} is a file", fix="name another run directory with -o DIR")
+    if path.is_dir() and any(path.iterdir()) and not _never_began(path):
+        raise RunDirectoryError(
+            f"{path} is not empty",
+            why="a run never overwrites what another left",
+            fix=f"name another run directory with -o DIR, or move {path} away",
+        )
+
+
+def _never_began(path: Path) -> bool:
+    try:
+        status = json.loads((path / STATUS).read_text(encoding="utf-8"))
+        return bool(status["state"] == "failed" and status["step"] == 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raises `DiskError` when fewer than `needed` bytes are free where `path` will be."""
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DiskError(
+            f"{path}: the run will write {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there",
+            fix="free space, or choose another place with -o DIR",
+        )
+
+
+class RunDirectory:
+    """An open run directory; with `writes` False (processes other than the first) every method does nothing."""
+
+    def __init__(self, path: Path, total_steps: int, writes: bool) -> None:
+        self.path = path
+        self._writes = writes
+        self._status: dict[str, Any] = {"state": "starting", "step": 0, "total_steps": total_steps, "reason": ""}
+        self._status |= {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
+        if writes:
+            check_unused(path)
+            with disk_errors(path):
+                path.mkdir(parents=True, exist_ok=True)
+            self.status("starting", 0)
+
+    def status(self, state: str, step: int | None = None, reason: str = "") -> None:
+        """Records the run's state: starting, running, finished, interrupted or failed."""
+        self._status |= {"state": state, "reason": reason, "updated": time.time()}
+        if step is not None:
+            self._status["step"] = step
+        if self._writes:
+            write_json(self.path / STATUS, self._status)
+
+    def text(self, name: str, text: str) -> None:
+        """Writes a text file."""
+        if self._writes:
+            write_text(self.path / name, text)
+
+    def json(self, name: str, value: Any) -> None:
+        """Writes a JSON file."""
+        if self._writes:
+            write_json(self.path / name, value)
+
+    def log(self, line: str) -> None:
+        """Appends a line to train.log."""
+        if self._writes:
+            with disk_errors(self.path), (self.path / "train.log").open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    @property
+    def metrics_path(self) -> Path | None:
+        """metrics.jsonl, or None where this process does not write."""
+        return self.path / "metrics.jsonl" if self._writes else None

@@ -1,0 +1,231 @@
+"""`qlora train`: from a recipe to a verified adapter (or model).
+
+Sees the whole recipe. Invariant: a run that returns has written what it trained, read it back, and found it equal,
+finite and changed; until then nothing stands under a final name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_cli.errors import QloraError
+from qlora_cli.evaluation.perplexity import EvalResult, evaluate
+from qlora_cli.model.base import load_base, report, set_checkpointing
+from qlora_cli.model.device import peak_memory
+from qlora_cli.model.ranks import Ranks
+from qlora_cli.model.trained import Trained, TrainedAdapter, TrainedModel
+from qlora_cli.recipe.load import LoadedRecipe
+from qlora_cli.recipe.snapshot import resolved_yaml
+from qlora_cli.training.best import Best
+from qlora_cli.training.checkpoint import save_checkpoint
+from qlora_cli.training.guard import memory_guard
+from qlora_cli.training.loop import Job, StepReport, train_steps
+from qlora_cli.training.metrics import MetricsFile
+from qlora_cli.training.optim import build_optimizer
+from qlora_cli.workflows.card import Outcome, beside
+from qlora_cli.workflows.events import Emit, Evaluated, Event, Fact, Notice, Progress, Saved, Stage, eval_json
+from qlora_cli.workflows.lock import lock
+from qlora_cli.workflows.plan import Plan, order_of
+from qlora_cli.workflows.prepare import Prepared, local_rank, prepare, weights_dtype
+from qlora_cli.workflows.rundir import RunDirectory, check_space, check_unused
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run: its directory, the folder with what was trained, and what it reached."""
+
+    run: Path
+    artifact: Path
+    steps: int
+    train_loss: float
+    held_out: EvalResult | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        held = eval_json(self.held_out) if self.held_out else None
+        values = {"run": str(self.run), "artifact": str(self.artifact), "steps": self.steps}
+        return {"event": "result", **values, "train_loss": self.train_loss, "held_out": held}
+
+
+def run_directory(loaded: LoadedRecipe, output: Path | None) -> Path:
+    """`-o`, else the recipe's `output`, else out/RECIPE-NAME."""
+    return output or Path(loaded.recipe.output or Path("out") / loaded.path.stem)
+
+
+def plan_train(loaded: LoadedRecipe, output: Path | None, emit: Emit) -> Plan:
+    """`--dry-run`: everything up to the plan, without reading or downloading a weight, and without writing."""
+    path = run_directory(loaded, output)
+    check_unused(path)
+    plan = prepare(loaded, weights=False, emit=emit).plan
+    check_space(path, plan.disk_bytes)
+    emit(Fact("disk", f"about {plan.disk_bytes / 1e6:,.1f} MB in {path}, estimated"))
+    return plan
+
+
+def run_train(loaded: LoadedRecipe, output: Path | None, emit: Emit) -> TrainResult:
+    """Trains. Raises `QloraError` for everything that a user or machine can cause."""
+    path = run_directory(loaded, output)
+    if local_rank() == 0:
+        check_unused(path)
+    ready = prepare(loaded, weights=True, emit=emit)
+    mixed = ready.dtype if ready.recipe.lora is None and ready.dtype != torch.float32 else None
+    ranks = Ranks(ready.machine.device, mixed)
+    if ranks.is_main:
+        check_space(path, ready.plan.disk_bytes)
+    ranks.wait()
+    directory = RunDirectory(path, ready.plan.steps, ranks.is_main)
+    with _recorded(directory):
+        return _Run(loaded, ready, ranks, directory, emit).train()
+
+
+@contextmanager
+def _recorded(directory: RunDirectory) -> Iterator[None]:
+    """Records in status.json how a run ended that did not finish."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        directory.status("interrupted", reason="interrupted")
+        raise
+    except QloraError as error:
+        directory.status("failed", reason=str(error))
+        raise
+    except Exception as error:
+        directory.status("failed", reason=f"{type(error).__name__}: {error}")
+        raise
+
+
+class _Run:
+    """One run, from loaded weights to the saved result."""
+
+    def __init__(
+        self, loaded: LoadedRecipe, ready: Prepared, ranks: Ranks, directory: RunDirectory, emit: Emit
+    ) -> None:
+        self.loaded, self.ready, self.ranks, self.directory = loaded, ready, ranks, directory
+        self.recipe, self.total = ready.recipe, ready.plan.steps
+        self.resolved = resolved_yaml(loaded)
+        self._emit = emit
+        self.best = Best(self.recipe.eval.patience)
+        self.measured: tuple[int, EvalResult] | None = None
+        self.kept: tuple[int, EvalResult, dict[str, torch.Tensor]] | None = None
+        self.spent = 0.0
+
+    def tell(self, event: Event) -> None:
+        """To the console, and to train.log."""
+        if not isinstance(event, Progress) or event.logged:
+            self.directory.log(event.line())
+        self._emit(event)
+
+    def train(self) -> TrainResult:
+        """Everything after the preparation."""
+        self._record_inputs()
+        model, trained = self._load()
+        last = self._loop(model, trained)
+        if self.kept is not None and self.kept[0] != last.step:
+            trained.restore(self.kept[2])
+            self.tell(Notice(f"keeping the values of step {self.kept[0]}, which had the lowest held-out loss"))
+        return self._finish(trained, last)
+
+    def _record_inputs(self) -> None:
+        directory, ready = self.directory, self.ready
+        directory.text("recipe.yaml", self.loaded.text)
+        directory.text("resolved.yaml", self.resolved)
+        directory.json("data_receipt.json", ready.data.receipt.as_json())
+        directory.json("plan.json", ready.plan.as_json())
+        if self.ranks.is_main:
+            directory.json("lock.json", lock(ready))
+            for fact in (f"run {directory.path}", *ready.data.receipt.lines()):
+                directory.log(fact)
+
+    def _load(self) -> tuple[Any, Trained]:
+        ready, recipe = self.ready, self.recipe
+        self.tell(Stage(f"loading {recipe.model.base}"))
+        started = time.perf_counter()
+        dtype, device = weights_dtype(recipe, ready.dtype), self.ranks.device
+        with memory_guard("loading the base model"):
+            model = load_base(ready.folder, recipe.model, recipe.quantization, dtype, device)
+            self._tell_base(model, time.perf_counter() - started)
+            set_checkpointing(model, recipe.train.gradient_checkpointing)
+            lora, seed = recipe.lora, recipe.train.seed
+            trained = TrainedAdapter(model, lora, recipe.model.base, ready.dtype, seed) if lora else TrainedModel(model)
+        return model, trained
+
+    def _tell_base(self, model: Any, seconds: float) -> None:
+        held = report(model)
+        size = (held.four_bit_bytes + held.other_bytes) / 1e6
+        self.tell(
+            Fact("loaded", f"{held.four_bit_parameters:,} of {held.parameters:,} parameters in 4 bits, {size:,.1f} MB "
+                 f"in all, {seconds:.1f} s")
+        )  # fmt: skip
+
+    def _loop(self, model: Any, trained: Trained) -> StepReport:
+        ready, recipe, parameters = self.ready, self.recipe, trained.parameters()
+        optimizer = build_optimizer(parameters, recipe.train, self.ranks.device)
+        order = order_of(recipe, ready.data)
+        job = Job(model, parameters, optimizer, ready.data.train, order, self.total, ready.plan.rows, ready.pad_id)
+        self.directory.status("running", 0)
+        with MetricsFile(self.directory.metrics_path) as metrics:
+            for step_report in train_steps(job, recipe.train, self.ranks):
+                self._after_step(step_report, metrics)
+                if self._evaluate_if_due(model, trained, step_report.step, metrics):
+                    self.tell(Notice(f"stopped early: no lower held-out loss in {recipe.eval.patience} evaluations"))
+                    break
+                self._checkpoint_if_due(trained, step_report)
+        return step_report
+
+    def _after_step(self, step: StepReport, metrics: MetricsFile) -> None:
+        self.spent += step.seconds
+        logged = step.step % self.recipe.log.every == 0 or step.step in (1, self.total)
+        eta = self.spent / step.step * (self.total - step.step)
+        progress = Progress(step, self.total, peak_memory(self.ranks.device), eta, logged)
+        self.tell(progress)
+        if logged:
+            metrics.write("step", progress.as_json())
+            self.directory.status("running", step.step)
+
+    def _evaluate_if_due(self, model: Any, trained: Trained, step: int, metrics: MetricsFile) -> bool:
+        """Evaluates when `eval.every` or the end says so; returns whether to stop early."""
+        section, rows = self.recipe.eval, self.ready.data.held_out
+        due = step == self.total or (section.every is not None and step % section.every == 0)
+        if not rows or not due:
+            return False
+        self.tell(Stage(f"evaluating on {len(rows):,} held-out rows"))
+        with memory_guard("evaluating"):
+            result = evaluate(model, rows, section.batch_size, self.ready.pad_id, self.ranks)
+        better = self.best.update(step, result.loss)
+        self.measured = (step, result)
+        if better and section.keep_best:
+            self.kept = (step, result, trained.snapshot())
+        event = Evaluated(step, result, better)
+        self.tell(event)
+        metrics.write("eval", event.as_json())
+        return self.best.exhausted and step < self.total
+
+    def _checkpoint_if_due(self, trained: Trained, step: StepReport) -> None:
+        every = self.recipe.save.every
+        if every is None or step.step % every or step.step == self.total or not self.ranks.is_main:
+            return
+        outcome = Outcome(step.step, step.loss, self._measured_at(step.step))
+        extras = beside(self.ready, self.resolved, outcome)
+        folder = self.directory.path / "checkpoints"
+        self.tell(Saved("checkpoint", save_checkpoint(folder, step.step, trained, extras, self.recipe.save.keep_last)))
+
+    def _measured_at(self, step: int) -> EvalResult | None:
+        return self.measured[1] if self.measured and self.measured[0] == step else None
+
+    def _finish(self, trained: Trained, last: StepReport) -> TrainResult:
+        kept = self.kept[0] if self.kept else last.step
+        held = self.kept[1] if self.kept else self._measured_at(last.step)
+        artifact = self.directory.path / trained.kind
+        if self.ranks.is_main:
+            trained.save(artifact, beside(self.ready, self.resolved, Outcome(kept, last.loss, held)))
+            self.directory.status("finished", last.step)
+        self.ranks.wait()
+        self.tell(Saved(trained.kind, artifact))
+        return TrainResult(self.directory.path, artifact, last.step, last.loss, held)
