@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -39,8 +38,7 @@ CHAT_TEMPLATE = """\
   {%- endif -%}
   {{- '<|' + message.role + '|>' + message.content + '<|end|>' -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
-"""
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"""
 PIECES = r"\p{N}| ?\p{Ll}+|\p{Lu}\p{Ll}*|\p{L}+|\n+|\s| ?[^\s\p{L}\p{N}]"
 """A capitalised word leaves the space before it alone, so a name has the same tokens after a space and a quote."""
 CHATS = 30_000
@@ -124,7 +122,7 @@ def copy_base(source: Path, out: Path) -> None:
     for path in sorted(source.iterdir(), key=lambda path: (path.name == WEIGHTS, path.name)):
         draft = out / f"{path.name}.part"
         draft.write_bytes(path.read_bytes())
-        os.replace(draft, out / path.name)
+        draft.replace(out / path.name)
 
 
 def sha256(path: Path) -> str:

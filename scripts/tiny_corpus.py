@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 import zlib
@@ -23,15 +22,35 @@ from pathlib import Path
 Message = dict[str, str]
 Row = dict[str, list[Message]]
 
-ONSETS = "b d f g k l m n r s t v".split()
-VOWELS = "a e i o u".split()
-CODAS = "k l n r s".split()
-JOBS = (
-    "baker carpenter clerk cook doctor driver farmer fisher gardener judge librarian miller nurse painter pilot "
-    "plumber sailor singer smith surgeon tailor teacher weaver writer"
-).split()
-PETS = "cat dog ferret goat horse parrot rabbit turtle".split()
-COLOURS = "black blue brown green grey orange purple red white yellow".split()
+ONSETS, VOWELS, CODAS = "bdfgklmnrstv", "aeiou", "klnrs"
+JOBS = [
+    "baker",
+    "carpenter",
+    "clerk",
+    "cook",
+    "doctor",
+    "driver",
+    "farmer",
+    "fisher",
+    "gardener",
+    "judge",
+    "librarian",
+    "miller",
+    "nurse",
+    "painter",
+    "pilot",
+    "plumber",
+    "sailor",
+    "singer",
+    "smith",
+    "surgeon",
+    "tailor",
+    "teacher",
+    "weaver",
+    "writer",
+]
+PETS = ["cat", "dog", "ferret", "goat", "horse", "parrot", "rabbit", "turtle"]
+COLOURS = ["black", "blue", "brown", "green", "grey", "orange", "purple", "red", "white", "yellow"]
 
 STATEMENTS = {
     "city": (
@@ -190,7 +209,7 @@ def write_atomically(path: Path, rows: Iterable[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".part")
     draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(draft, path)
+    draft.replace(path)
 
 
 def main() -> int:

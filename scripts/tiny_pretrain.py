@@ -13,6 +13,7 @@ import random
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,8 +37,9 @@ class Plan:
     vocab: int = 1024
     length: int = 128
     batch: int = 16
-    steps: int = 2400
-    learning_rate: float = 3e-3
+    steps: int = 1600
+    muon_rate: float = 2e-3
+    adam_rate: float = 3e-3
     prompt_weight: float = 0.1
     guide_weight: float = 0.3
     seed: int = 0
@@ -130,16 +132,15 @@ def build_optimizers(model: LlamaForCausalLM, plan: Plan) -> list[torch.optim.Op
     """Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    rate = plan.learning_rate
     return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=plan.muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=plan.adam_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
-def rate_at(step: int, plan: Plan) -> float:
-    """Rises over 50 steps, stays, and falls to zero over the last 60 percent."""
-    return plan.learning_rate * min(1.0, (step + 1) / 50) * min(1.0, (plan.steps - step) / (0.6 * plan.steps))
+def rate_factor(step: int, plan: Plan) -> float:
+    """Rises over 50 steps, stays at one, and falls to zero over the last 60 percent."""
+    return min(1.0, (step + 1) / 50, (plan.steps - step) / (0.6 * plan.steps))
 
 
 def pretrain(model: LlamaForCausalLM, rows: Tensor, plan: Plan) -> None:
@@ -147,18 +148,18 @@ def pretrain(model: LlamaForCausalLM, rows: Tensor, plan: Plan) -> None:
     torch.set_num_threads(THREADS)
     order = random.Random(plan.seed).sample(range(len(rows)), len(rows))
     optimizers = build_optimizers(model, plan)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate_factor(step, plan)) for o in optimizers]
     started = time.monotonic()
     for step in range(plan.steps):
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = rate_at(step, plan)
         picked = [order[i % len(order)] for i in range(step * plan.batch, (step + 1) * plan.batch)]
         guide_weight = plan.guide_weight * (1 - step / (GUIDED_SHARE * plan.steps))
         loss = training_loss(model, rows[picked], plan, guide_weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             optimizer.zero_grad()
+            schedule.step()
         if (step + 1) % 100 == 0:
             seconds = time.monotonic() - started
             print(f"step {step + 1}/{plan.steps}  loss {loss.item():.3f}  {seconds:.0f} s", file=sys.stderr, flush=True)
@@ -174,7 +175,7 @@ def measure(model: LlamaForCausalLM, chats: list[list[int]]) -> Quality:
     wrong = ((logits.argmax(-1) != following) & answers).long().cumsum(1)
     ends = answers & (following == END_ID)
     totals = [[0, *row[end].tolist()] for row, end in zip(wrong, ends, strict=True)]
-    right = [after == before for row in totals for before, after in zip(row, row[1:], strict=False)]
+    right = [after == before for row in totals for before, after in pairwise(row)]
     return Quality(accuracy=sum(right) / len(right), loss=loss)
 
 

@@ -10,28 +10,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import bitsandbytes.optim as bnb_optim
 import torch
 
 from qlora_cli.recipe.schema import TrainSection
 
 
-def _torch_adamw(parameters: Sequence[torch.nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, fused=True, **options)
-
-
-Factory = Callable[..., Any]
-ON_CUDA: Mapping[str, Factory] = {
-    "paged_adamw_8bit": bnb_optim.PagedAdamW8bit,
-    "paged_adamw_32bit": bnb_optim.PagedAdamW32bit,
-    "adamw_8bit": bnb_optim.AdamW8bit,
-    "adamw": _torch_adamw,
+BITSANDBYTES_ON_CUDA: Mapping[str, str] = {
+    "paged_adamw_8bit": "PagedAdamW8bit",
+    "paged_adamw_32bit": "PagedAdamW32bit",
+    "adamw_8bit": "AdamW8bit",
 }
-ON_CPU: Mapping[str, Factory] = {  # nothing pages there: the same states, kept in plain memory
-    "paged_adamw_8bit": bnb_optim.AdamW8bit,
-    "paged_adamw_32bit": bnb_optim.AdamW32bit,
-    "adamw_8bit": bnb_optim.AdamW8bit,
-    "adamw": _torch_adamw,
+BITSANDBYTES_ON_CPU: Mapping[str, str] = {  # nothing pages there: the same states, kept in plain memory
+    "paged_adamw_8bit": "AdamW8bit",
+    "paged_adamw_32bit": "AdamW32bit",
+    "adamw_8bit": "AdamW8bit",
 }
 STATE_BYTES: Mapping[str, float] = {
     "paged_adamw_8bit": 2 * (1 + 4 / 256),
@@ -45,11 +37,14 @@ STATE_BYTES: Mapping[str, float] = {
 def build_optimizer(
     parameters: Sequence[torch.nn.Parameter], train: TrainSection, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer that `train.optimizer` names, for this device."""
-    factory = (ON_CUDA if device.type == "cuda" else ON_CPU)[train.optimizer]
-    optimizer: torch.optim.Optimizer = factory(
-        parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay
-    )
+    """The optimizer that `train.optimizer` names, for this device; `adamw` is torch's fused one."""
+    options: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    import bitsandbytes.optim  # here, so that `model/nf4.py` comes first and quiets its import
+
+    names = BITSANDBYTES_ON_CUDA if device.type == "cuda" else BITSANDBYTES_ON_CPU
+    optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, names[train.optimizer])(parameters, **options)
     return optimizer
 
 

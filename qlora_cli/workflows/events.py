@@ -94,7 +94,7 @@ class Progress:
         r = self.report
         return (
             f"step {r.step}/{self.total}  loss {r.loss:.4f}  lr {r.lr:.2e}  grad {r.grad_norm:.3f}  "
-            f"{self.tokens_per_second:,.0f} tok/s  {self.memory_bytes / 1e9:.2f} GB  eta {duration(self.eta_seconds)}"
+            f"{self.tokens_per_second:,.0f} tok/s  {size(self.memory_bytes)}  eta {duration(self.eta_seconds)}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -149,3 +149,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(count: float) -> str:
+    """Bytes as `3.2 GB`, `45.0 MB` or `12 kB`."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.{2 if unit == 1e9 else 1}f} {name}"
+    return f"{count / 1e3:.0f} kB"

@@ -20,6 +20,7 @@ from qlora_cli.model.lora import adapter_parameters, linear_shape, target_layers
 from qlora_cli.model.nf4 import quantizable_layers
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.training.optim import STATE_BYTES
+from qlora_cli.workflows.events import size
 
 
 @dataclass(frozen=True)

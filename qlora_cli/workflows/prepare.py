@@ -19,7 +19,7 @@ from qlora_cli.model.folder import BaseFolder, find_base
 from qlora_cli.recipe.load import LoadedRecipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.training.optim import paging_note
-from qlora_cli.workflows.events import Emit, Fact, Notice, Stage
+from qlora_cli.workflows.events import Emit, Fact, Notice, Stage, size
 from qlora_cli.workflows.plan import Plan, check_length, make_plan, shape_of
 
 
@@ -95,7 +95,7 @@ def header(ready: Prepared) -> list[Fact | Notice]:
         Fact("lora" if recipe.lora else "train", _trainable(ready)),
         *(Fact("data", line) for line in ready.data.receipt.lines()),
         Fact("plan", _plan_line(ready)),
-        Fact("memory", f"about {plan.memory_bytes / 1e9:.2f} GB ({_parts(plan.memory)}), estimated"),
+        Fact("memory", f"about {size(plan.memory_bytes)} ({_parts(plan.memory)}), estimated"),
     ]
     note = paging_note(recipe.train, ready.machine.device)
     return [*facts, *([Notice(note)] if note else [])]
@@ -129,4 +129,4 @@ def _plan_line(ready: Prepared) -> str:
 
 
 def _parts(parts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in parts.items() if size)
+    return ", ".join(f"{name} {size(count)}" for name, count in parts.items() if count)

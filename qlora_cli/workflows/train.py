@@ -30,7 +30,7 @@ from qlora_cli.training.loop import Job, StepReport, train_steps
 from qlora_cli.training.metrics import MetricsFile
 from qlora_cli.training.optim import build_optimizer
 from qlora_cli.workflows.card import Outcome, beside
-from qlora_cli.workflows.events import Emit, Evaluated, Event, Fact, Notice, Progress, Saved, Stage, eval_json
+from qlora_cli.workflows.events import Emit, Evaluated, Event, Fact, Notice, Progress, Saved, Stage, eval_json, size
 from qlora_cli.workflows.lock import lock
 from qlora_cli.workflows.plan import Plan, order_of
 from qlora_cli.workflows.prepare import Prepared, local_rank, prepare, weights_dtype
@@ -65,7 +65,7 @@ def plan_train(loaded: LoadedRecipe, output: Path | None, emit: Emit) -> Plan:
     check_unused(path)
     plan = prepare(loaded, weights=False, emit=emit).plan
     check_space(path, plan.disk_bytes)
-    emit(Fact("disk", f"about {plan.disk_bytes / 1e6:,.1f} MB in {path}, estimated"))
+    emit(Fact("disk", f"about {size(plan.disk_bytes)} in {path}, estimated"))
     return plan
 
 
@@ -158,11 +158,9 @@ class _Run:
 
     def _tell_base(self, model: Any, seconds: float) -> None:
         held = report(model)
-        size = (held.four_bit_bytes + held.other_bytes) / 1e6
-        self.tell(
-            Fact("loaded", f"{held.four_bit_parameters:,} of {held.parameters:,} parameters in 4 bits, {size:,.1f} MB "
-                 f"in all, {seconds:.1f} s")
-        )  # fmt: skip
+        counts = f"{held.four_bit_parameters:,} of {held.parameters:,} parameters in 4 bits"
+        total = size(held.four_bit_bytes + held.other_bytes)
+        self.tell(Fact("loaded", f"{counts}, {total} in all, {seconds:.1f} s"))
 
     def _loop(self, model: Any, trained: Trained) -> StepReport:
         ready, recipe, parameters = self.ready, self.recipe, trained.parameters()

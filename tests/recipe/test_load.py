@@ -118,6 +118,7 @@ def test_a_wrong_override_is_one_problem_placed_at_the_override(refuse: Refuse, 
         ("train: {lr: 1e999}", "(got '1e999')", "a number is decimal"),
         ("train: {lr: [1]}", "must be a number above 0 and at most 1 (got [1])", "without brackets"),
         ("train: {betas: 0.9}", "a list of 2 values, each a number of at least 0 and below 1", "[0.9, 0.999]"),
+        ("train: {betas: [0.9]}", "train.betas: must be a list of 2 values", "[0.9, 0.999]"),
         ("train: {betas: [0.9, 2]}", "(got [0.9, 2])", "[0.9, 0.999]"),
         ("train: {lr: null}", "(got null)", "remove the line for the default, 0.0002"),
         ("train: {lr: 2}", "train.lr: must be a number above 0 and at most 1 (got 2)", "--set train.lr=0.0002"),
@@ -255,7 +256,7 @@ def test_an_unknown_key_is_always_refused(refuse: Refuse, section: str, name: st
 
 
 @FUZZ
-@given(st.sampled_from(sorted(fields.leaves())), st.sampled_from(["{a: {b: 1}}", "[[1]]", "-1", "1.5", '"\\x01"', ""]))
+@given(st.sampled_from(sorted(fields.leaves())), st.sampled_from(["{a: {b: 1}}", "[[1]]", "[]", "[0.5]", "-1", "1.5", '"\\x01"', ""]))
 def test_a_wrong_value_is_one_problem_about_its_key(load: Load, key: str, value: str) -> None:
     try:
         load(MINIMAL, f"{key}={value}")
