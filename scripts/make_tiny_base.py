@@ -23,7 +23,13 @@ import tiny_corpus
 import torch
 from tiny_pretrain import HEAD_SIZE, Plan, Quality, build_model, measure, pack, pretrain
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes" / "tiny-base"
 WEIGHTS, CHECKSUM = "model.safetensors", "model.safetensors.sha256"
@@ -103,7 +109,7 @@ def build(pretraining: list[Chat], vocabulary: list[Chat], plan: Plan, out: Path
     save(model, tokenizer, out)
 
 
-def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Writes bf16 weights, tokenizer and checksum. The template also goes where older readers look for it."""
     with tempfile.TemporaryDirectory() as name:
         draft = Path(name)
@@ -191,8 +197,15 @@ def check(plan: Plan) -> None:
 
 def read_chats(path: Path, fields: list[str]) -> Iterator[Chat]:
     """A row's fields as turns: user, assistant, user and so on."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        row = json.loads(line)
+    if not path.is_file():
+        raise SystemExit(f"{path} is no file; give --rows a JSONL file.")
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise SystemExit(f"{path}:{number} is not JSON; --rows takes one JSON object per line.") from None
         missing = [field for field in fields if field not in row]
         if missing:
             raise SystemExit(f"{path}:{number} has no field {missing[0]!r}; name its fields with --fields.")

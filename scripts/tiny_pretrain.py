@@ -140,7 +140,7 @@ def build_optimizers(model: LlamaForCausalLM, plan: Plan) -> list[torch.optim.Op
 
 def rate_factor(step: int, plan: Plan) -> float:
     """Rises over 50 steps, stays at one, and falls to zero over the last 60 percent."""
-    return min(1.0, (step + 1) / 50, (plan.steps - step) / (0.6 * plan.steps))
+    return min(1.0, (step + 1) / 50, (plan.steps - step) / max(1.0, 0.6 * plan.steps))
 
 
 def pretrain(model: LlamaForCausalLM, rows: Tensor, plan: Plan) -> None:

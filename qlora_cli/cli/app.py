@@ -52,7 +52,10 @@ def train(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune a model. Prints the folder that holds the adapter (or, without lora, the model)."""
+    """Fine-tune a model.
+
+    Prints the folder that holds the adapter (or, without lora, the model).
+    """
     from qlora_cli.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -79,7 +82,10 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Loss and perplexity on the held-out rows: of a run's adapter, or of a recipe's base model."""
+    """Measure loss and perplexity.
+
+    Takes the rows that the recipe holds out, and a run's adapter or a recipe's base model.
+    """
     from qlora_cli.cli.console import Console
     from qlora_cli.workflows.eval import run_eval
     from qlora_cli.workflows.quiet import quiet_libraries
@@ -111,7 +117,10 @@ def chat(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the draws.")] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Talk to a model, with the template, quantization and stop tokens that its adapter was trained with."""
+    """Talk to a model.
+
+    With an adapter: in the template, quantization and stop tokens that it was trained with.
+    """
     if target is None and adapter is None:
         raise typer.BadParameter("name a run directory or a model, or give --adapter DIR")
 

@@ -6,12 +6,11 @@ finding per wrong key, and a rule is reported only when none of its keys is wron
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from qlora_cli.recipe import fields, hints, rules
 from qlora_cli.recipe.nodes import (
@@ -95,21 +94,19 @@ def _repaired(table: Table, wrong: Iterable[tuple[str, ...]]) -> Recipe | None:
 
 def _complain(table: Table, error: ValidationError, complaints: _Complaints) -> None:
     """One finding per wrong key; unknown keys first, because a misspelt key also looks like a missing one."""
-    details = error.errors(include_url=False, include_context=False)
-    absent = [loc for loc in _locations(details, "missing") if fields.known_part(loc) == loc]
-    unknown = _locations(details, "extra_forbidden")
+    found = [
+        (detail["type"], tuple(detail["loc"])) for detail in error.errors(include_url=False, include_context=False)
+    ]
+    absent = [loc for kind, loc in found if kind == "missing" and fields.known_part(loc) == loc]
+    unknown = [loc for kind, loc in found if kind == "extra_forbidden"]
     for loc in unknown:
         _unknown(table, loc, complaints)
-    for loc in (tuple(detail["loc"]) for detail in details):
+    for _, loc in found:
         if loc not in unknown and loc not in absent:  # a list that lacks an item is a wrong list, not a missing key
             _wrong_value(table, fields.known_part(loc), complaints)
     for loc in absent:
         for parts in _missing_leaves(fields.known_part(loc)):
             _missing(table, parts, complaints)
-
-
-def _locations(details: Sequence[ErrorDetails], kind: str) -> list[tuple[int | str, ...]]:
-    return [tuple(detail["loc"]) for detail in details if detail["type"] == kind]
 
 
 def _unknown(table: Table, loc: tuple[Any, ...], complaints: _Complaints) -> None:

@@ -14,7 +14,6 @@ import torch
 
 from qlora_cli.recipe.schema import TrainSection
 
-
 BITSANDBYTES_ON_CUDA: Mapping[str, str] = {
     "paged_adamw_8bit": "PagedAdamW8bit",
     "paged_adamw_32bit": "PagedAdamW32bit",

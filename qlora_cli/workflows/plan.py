@@ -60,11 +60,9 @@ class Plan:
 
     def line(self) -> str:
         """One line of text."""
-        trained, memory = (
-            f"{self.shape.trainable:,} trainable parameters",
-            f"{self.memory_bytes / 1e9:.2f} GB of memory",
-        )
-        return f"{self.steps:,} steps over {self.rows:,} rows, about {self.tokens:,} tokens; {trained}; about {memory}"
+        trained = f"{self.shape.trainable:,} trainable parameters"
+        work = f"{self.steps:,} steps over {self.rows:,} rows, about {self.tokens:,} tokens"
+        return f"{work}; {trained}; about {size(self.memory_bytes)} of memory"
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, with the totals."""

@@ -256,7 +256,10 @@ def test_an_unknown_key_is_always_refused(refuse: Refuse, section: str, name: st
 
 
 @FUZZ
-@given(st.sampled_from(sorted(fields.leaves())), st.sampled_from(["{a: {b: 1}}", "[[1]]", "[]", "[0.5]", "-1", "1.5", '"\\x01"', ""]))
+@given(
+    st.sampled_from(sorted(fields.leaves())),
+    st.sampled_from(["{a: {b: 1}}", "[[1]]", "[]", "[0.5]", "-1", "1.5", '"\\x01"', ""]),
+)
 def test_a_wrong_value_is_one_problem_about_its_key(load: Load, key: str, value: str) -> None:
     try:
         load(MINIMAL, f"{key}={value}")
