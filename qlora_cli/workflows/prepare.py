@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qlora_cli.data.dataset import TokenData, load_data
-from qlora_cli.errors import RecipeError
+from qlora_cli.errors import MachineError, RecipeError
 from qlora_cli.model.base import load_config, load_tokenizer, meta_model
 from qlora_cli.model.device import Machine, compute_dtype, find_machine
 from qlora_cli.model.folder import BaseFolder, find_base
@@ -53,6 +53,7 @@ def prepare(loaded: LoadedRecipe, weights: bool, emit: Emit) -> Prepared:
     recipe = loaded.recipe
     machine = find_machine(recipe.model.device, local_rank())
     dtype = compute_dtype(recipe.quantization.compute_dtype, machine)
+    _check_offload(recipe, machine)
     _check_world(recipe)
     folder = find_base(recipe.model.base, recipe.model.revision, weights)
     config = load_config(folder)
@@ -72,6 +73,15 @@ def prepare(loaded: LoadedRecipe, weights: bool, emit: Emit) -> Prepared:
 def weights_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
     """Type of unquantised weights: the compute dtype, or float32 where they are trained (with autocast around)."""
     return dtype if recipe.lora is not None else torch.float32
+
+
+def _check_offload(recipe: Recipe, machine: Machine) -> None:
+    if recipe.train.gradient_checkpointing == "offload" and machine.device.type == "cpu":
+        raise MachineError(
+            "train.gradient_checkpointing is offload, but this run computes on the CPU",
+            why="activations are in host memory already",
+            fix="set train.gradient_checkpointing to on",
+        )
 
 
 def _check_world(recipe: Recipe) -> None:
