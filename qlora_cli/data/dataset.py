@@ -39,27 +39,35 @@ class _Encoder:
     turns: TurnEncoder
 
     def row(self, row: SourceRow, tally: Tally) -> list[Encoded]:
-        """The row's sequences that fit; counts what was cut or dropped. Raises `RowError`."""
+        """The row's sequences that fit. The row counts once: as kept, as kept but cut, or as dropped (nothing of it is
+        left). Raises `RowError`."""
         conversation = FORMATS[self.data.format].build(renamed(row.values, self.data.columns))
         if conversation.messages[-1].role != "assistant":
             tally.trailing_turns += 1
-        kept = [self._fit(e, tally) for e in encode(conversation, self.turns, self.data.loss_on, row.where)]
-        return [e for e in kept if e is not None]
-
-    def _fit(self, encoded: Encoded, tally: Tally) -> Encoded | None:
-        limit = self.data.max_length
-        if len(encoded) > limit:
-            if self.data.too_long == "error":
-                raise RowError(f"{len(encoded):,} tokens, more than data.max_length ({limit:,})")
-            if self.data.too_long == "drop":
-                tally.dropped[f"longer than {limit:,} tokens"] += 1
-                return None
+        sequences = encode(conversation, self.turns, self.data.loss_on, row.where)
+        fitted = [self._fit(sequence) for sequence in sequences]
+        kept = [sequence for sequence in fitted if sequence.targets]
+        cut = sum(map(len, fitted)) < sum(map(len, sequences))
+        if not kept:
+            tally.dropped[self._too_long if cut else "no token carries loss"] += 1
+        elif cut:
             tally.truncated += 1
-            encoded = shorten(encoded, limit, tuple(self.turns.stop_ids))
-        if not encoded.targets:
-            tally.dropped["no token carries loss"] += 1
-            return None
-        return encoded
+        return kept
+
+    def _fit(self, sequence: Encoded) -> Encoded:
+        """What the recipe's limit leaves of a sequence, perhaps nothing."""
+        limit = self.data.max_length
+        if len(sequence) <= limit:
+            return sequence
+        if self.data.too_long == "error":
+            raise RowError(f"{len(sequence):,} tokens, more than data.max_length ({limit:,})")
+        kept = 0 if self.data.too_long == "drop" else limit
+        return shorten(sequence, kept, self.turns.stop_ids)
+
+    @property
+    def _too_long(self) -> str:
+        limit = f"{self.data.max_length:,} tokens"
+        return f"longer than {limit}" if self.data.too_long == "drop" else f"no answer within {limit}"
 
 
 def load_data(data: DataSection, tokenizer: Any) -> TokenData:
@@ -90,10 +98,12 @@ def load_held_out(data: DataSection, tokenizer: Any) -> tuple[Encoded, ...]:
         )
     encoder = _Encoder(data, turn_encoder(tokenizer, data.template, data.format))
     if data.eval is not None:
-        return tuple(_eval_source(encoder, data.eval)[0])
-    rows = read_rows(data.train, data.split)
-    chosen = _held_out(rows, data.eval_split)
-    held, _ = _encode_all(encoder, data.train, [row for row in rows if row.where in chosen])
+        held = _eval_source(encoder, data.eval)[0]
+    else:
+        rows = read_rows(data.train, data.split)
+        chosen = _held_out(rows, data.eval_split)
+        held, _ = _encode_all(encoder, data.train, [row for row in rows if row.where in chosen])
+    _check_held(held)
     return tuple(held)
 
 
@@ -173,7 +183,12 @@ def _check(data: DataSection, train: Sequence[Encoded], held: Sequence[Encoded],
             why="every row was dropped, held out, or has no token that carries loss",
             fix=f"look at data.max_length ({data.max_length:,}), data.eval_split, data.loss_on and the rows themselves",
         )
-    if (data.eval or data.eval_split) and not held:
+    if data.eval or data.eval_split:
+        _check_held(held)
+
+
+def _check_held(held: Sequence[Encoded]) -> None:
+    if not held:
         raise DataError(
             "no held-out row is left",
             why="all were dropped as too long or without a target",

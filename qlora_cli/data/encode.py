@@ -6,7 +6,7 @@ searching for marker strings, and every supervised turn ends in a supervised end
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -78,18 +78,17 @@ def _only_last_run(row: Encoded) -> Encoded:
     return replace(row, loss=loss)
 
 
-def shorten(row: Encoded, max_length: int, stop_ids: Sequence[int]) -> Encoded:
-    """The first `max_length` tokens, the last of them an end-of-turn target.
+def shorten(row: Encoded, max_length: int, stop_ids: Collection[int]) -> Encoded:
+    """The first `max_length` tokens or fewer, the last of them an end-of-turn target.
 
-    A cut through an answer replaces its last kept token by the end-of-turn token that the row ended with; a cut
-    through a prompt drops that prompt, back to the end of the answer before it (perhaps to nothing).
+    A cut through an answer replaces its last kept token by the end-of-turn token that the row ended with, unless that
+    would be all of the answer: silence is not what the row teaches. A cut before an answer drops its prompt too, back
+    to the end of the answer before it (perhaps to nothing).
     """
     ids, loss = row.ids[:max_length].copy(), row.loss[:max_length].copy()
-    targets = np.flatnonzero(loss)
-    if not len(targets):
-        return replace(row, ids=ids[:0], loss=loss[:0])
-    if not loss[-1]:
-        ids, loss = ids[: targets[-1] + 1], loss[: targets[-1] + 1]
-    elif int(ids[-1]) not in stop_ids:
+    if loss[-1:].any() and int(ids[-1]) not in stop_ids:
         ids[-1] = row.ids[-1]
-    return replace(row, ids=ids, loss=loss)
+        loss[-1] = loss[-2:-1].any()
+    targets = np.flatnonzero(loss)
+    kept = targets[-1] + 1 if len(targets) else 0
+    return replace(row, ids=ids[:kept], loss=loss[:kept])

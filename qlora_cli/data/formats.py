@@ -25,7 +25,16 @@ def _text(row: Row, field: str) -> str:
         raise RowError(f"field `{field}` is missing (the row has: {', '.join(sorted(row)) or 'no fields'})")
     if not isinstance(row[field], str):
         raise RowError(f"field `{field}` must be text, but is {_kind(row[field])}")
-    return row[field]
+    return _unicode(row[field], f"field `{field}`")
+
+
+def _unicode(value: str, name: str) -> str:
+    """JSON may escape half of a character (`\\ud83d` alone), which is no text and which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"{name} is not Unicode text: {error.reason} (character {error.start + 1})") from error
+    return value
 
 
 def _kind(value: Any) -> str:
@@ -42,7 +51,7 @@ def _message(item: Any, position: int) -> Message:
             raise RowError(f"{where}.{key} must be text, but is {_kind(item.get(key))}")
     if item["role"] not in ROLES:
         raise RowError(f"{where}.role is `{item['role']}`; known roles are {', '.join(ROLES)}")
-    return Message(item["role"], item["content"])
+    return Message(item["role"], _unicode(item["content"], f"{where}.content"))
 
 
 def messages(row: Row) -> Conversation:

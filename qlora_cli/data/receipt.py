@@ -38,7 +38,7 @@ class SplitReceipt:
 
 @dataclass
 class Tally:
-    """Counts of one source while it is being read."""
+    """Counts of one source's rows while it is being read; `truncated` rows are kept, but something of them was cut."""
 
     source: str
     read: int = 0

@@ -16,6 +16,7 @@ from typing import Any
 from qlora_cli.errors import DataError, MachineError, Problem
 
 MOST_NAMED = 10
+FILE_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst", ".zip"})
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class SourceRow:
 
 def is_local(source: str) -> bool:
     """Whether `source` names a file here rather than a dataset on the Hub."""
-    looks_like_path = source.startswith((".", "/", "~")) or Path(source).suffix != "" or source.count("/") != 1
+    has_suffix = Path(source).suffix.lower() in FILE_SUFFIXES  # a Hub id may hold a dot: `owner/rows-2.5`
+    looks_like_path = source.startswith((".", "/", "~")) or has_suffix or source.count("/") != 1
     return looks_like_path or Path(source).exists()
 
 
@@ -79,15 +81,17 @@ def _parse_line(line: bytes, where: str) -> SourceRow | Problem | None:
         text = line.removeprefix(codecs.BOM_UTF8).decode("utf-8").strip()
     except UnicodeDecodeError as error:
         return Problem(f"not UTF-8 (byte {error.start + 1} of the line)", fix="save the file as UTF-8", where=where)
-    if not text:
-        return None
+    return _parse_object(text, where) if text else None
+
+
+def _parse_object(text: str, where: str) -> SourceRow | Problem:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         fix = "write one JSON object per line"
         return Problem(f"not JSON: {error.msg} (column {error.colno})", fix=fix, where=where)
-    except RecursionError:
-        return Problem("not JSON that can be read: nested too deeply", where=where)
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        return Problem(f"not JSON that can be read: {error}", where=where)
     if not isinstance(values, dict):
         return Problem(f"a row must be a JSON object, but is: {text[:40]}", where=where)
     return SourceRow(values, where)

@@ -86,13 +86,17 @@ class ChatTurns:
 
     def _probe_end_of_turn(self) -> int:
         probe = (Message("user", "a"), Message("assistant", "b"))
-        ids = self._split(probe)[1]
+        fix = "choose another data.template, or mend the template in the base's tokenizer files"
+        try:
+            ids = self._split(probe)[1]
+        except RowError as error:
+            raise DataError(f"a question and its answer cannot be rendered: {error}", fix=fix) from error
         ends = [token for token in ids if token in self._special]
         if not ends:
             raise DataError(
                 "the chat template ends an assistant turn without a special token",
                 why="the model would never learn to stop",
-                fix="choose another data.template, or mend the template in the base's tokenizer files",
+                fix=fix,
             )
         return ends[-1]
 
@@ -125,7 +129,7 @@ class ChatTurns:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:  # what a template's own expressions raise
             raise RowError(f"the chat template refuses this conversation: {error}") from error
 
 
