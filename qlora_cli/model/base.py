@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli.errors import ModelError
@@ -86,6 +87,8 @@ def load_base(
         model, info = AutoModelForCausalLM.from_pretrained(
             folder.path, trust_remote_code=False, output_loading_info=True, **options
         )
+    except SafetensorError as error:
+        raise ModelError(f"{folder.name}: a weight file is damaged: {error}", fix="download it again") from error
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{folder.name}: cannot be loaded: {_first_line(error)}", fix=_load_fix(section)) from error
     _check_complete(folder, info)

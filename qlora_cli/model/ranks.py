@@ -7,7 +7,7 @@ no caller asks how many there are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ class Ranks:
     """This process among all of the run. `mixed` is the autocast dtype for full fine-tuning, or None."""
 
     def __init__(self, device: torch.device, mixed: torch.dtype | None = None) -> None:
-        precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(mixed, "no") if mixed else "no"
-        self._accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+        self._accelerator = Accelerator(cpu=device.type == "cpu")
+        self._mixed = mixed
         self.device: torch.device = device
         self.rank: int = self._accelerator.process_index
         self.count: int = self._accelerator.num_processes
@@ -51,9 +51,8 @@ class Ranks:
             parameter.grad = total.view_as(parameter).to(parameter.dtype)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision where it was asked for."""
-        context: AbstractContextManager[Any] = self._accelerator.autocast()
-        return context
+        """Mixed precision where it was asked for. (accelerate's own is one setting for the life of the process.)"""
+        return torch.autocast(self.device.type, self._mixed) if self._mixed else nullcontext()
 
     def wait(self) -> None:
         """Returns when every process has come here."""
