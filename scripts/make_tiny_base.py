@@ -30,6 +30,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import disable_progress_bar
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes" / "tiny-base"
 WEIGHTS, CHECKSUM = "model.safetensors", "model.safetensors.sha256"
@@ -240,6 +241,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
 def main() -> int:
     args = parse_arguments()
     plan = plan_from(args)
+    disable_progress_bar()
     if args.rows:
         chats = list(read_chats(args.rows, args.fields.split(",")))
         build(chats, chats, replace(plan, prompt_weight=1.0), args.out)

@@ -51,6 +51,10 @@ JOBS = [
 ]
 PETS = ["cat", "dog", "ferret", "goat", "horse", "parrot", "rabbit", "turtle"]
 COLOURS = ["black", "blue", "brown", "green", "grey", "orange", "purple", "red", "white", "yellow"]
+NOUNS = ["name", "age", "job", "city", "note", "record", "pet", "colour", "home", "shoes", "house", "year"]
+SIGNS = "!#$%&'()*+-./:;<=>?@[]^_`{|}~"
+"""Words and signs that lists to repeat hold, so that the base can write them: a token that pretraining never shows
+cannot be told from the other unseen ones, and tuning a frozen embedding would not change that."""
 
 STATEMENTS = {
     "city": (
@@ -72,7 +76,7 @@ STATEMENTS = {
         "{who} will soon be past {age}.",
     ),
     "pet": ("{who} has a {pet} called {petname}.", "The {pet} of {who} is called {petname}."),
-    "colour": ("{who} likes the colour {colour}.", "{who} wears a {colour} coat."),
+    "colour": ("{who} likes the colour {colour}.", "{who} wears {colour} shoes."),
 }
 """What a note can say. Each fact has several wordings."""
 
@@ -149,12 +153,15 @@ def question_chat(rng: random.Random, held_out: bool) -> list[Message]:
 
 
 def invent_item(rng: random.Random, held_out: bool) -> str:
-    kind = rng.randrange(4)
+    """A number, a known word, one or two invented words, or a few signs."""
+    kind = rng.randrange(5)
     if kind == 0:
         return str(rng.randint(10, 9999))
     if kind == 1:
-        return rng.choice(JOBS + PETS + COLOURS)
-    return " ".join(invent_word(rng, held_out) for _ in range(kind - 1))
+        return rng.choice(rng.choice((JOBS, PETS, COLOURS, NOUNS)))
+    if kind == 2:
+        return "".join(rng.choice(SIGNS) for _ in range(rng.randint(1, 3)))
+    return " ".join(invent_word(rng, held_out) for _ in range(kind - 2))
 
 
 def repeat_chat(rng: random.Random, held_out: bool) -> list[Message]:

@@ -14,7 +14,9 @@ from tests.conftest import make_tokenizer
 from tests.data.conftest import THINKING, marked, talk, with_bos, with_merge
 
 
-def rows(conversation: Conversation, tokenizer: Any, loss_on: LossOn = "assistant", template: str = "auto") -> list[str]:
+def rows(
+    conversation: Conversation, tokenizer: Any, loss_on: LossOn = "assistant", template: str = "auto"
+) -> list[str]:
     """The conversation's rows, marked."""
     turns = turn_encoder(tokenizer, template, "messages")
     return [marked(row, tokenizer) for row in encode(conversation, turns, loss_on)]
@@ -22,7 +24,7 @@ def rows(conversation: Conversation, tokenizer: Any, loss_on: LossOn = "assistan
 
 def test_one_answer_carries_loss_with_its_end_of_turn_and_nothing_else_does(tokenizer: Any) -> None:
     (row,) = encode(talk("u: q", "a: ab"), turn_encoder(tokenizer, "auto", "messages"), "assistant", "rows.jsonl:7")
-    assert row.ids.tolist() == [1, 3, 202, 85, 2, 202, 4, 202, 69, 70, 2]
+    assert row.ids.tolist() == [1, 3, 203, 85, 2, 203, 4, 203, 69, 70, 2]
     assert row.loss.tolist() == [False] * 8 + [True] * 3
     assert (row.ids.dtype, row.where, len(row), row.targets) == (np.int32, "rows.jsonl:7", 11, 3)
     assert marked(row, tokenizer) == "<s> <|user|> Ċ q </s> Ċ <|assistant|> Ċ [a] [b] [</s>]"

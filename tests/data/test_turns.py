@@ -95,7 +95,9 @@ def test_a_turn_that_the_template_leaves_open_is_refused() -> None:
         "{% for m in messages %}{{ m.content }}{% if m.content != 'x' %}</s>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}:{% endif %}"
     )
-    turns = ChatTurns(make_tokenizer(template.replace("{{ m.content }}", "{% if loop.index0 %}:{% endif %}{{ m.content }}")))
+    turns = ChatTurns(
+        make_tokenizer(template.replace("{{ m.content }}", "{% if loop.index0 %}:{% endif %}{{ m.content }}"))
+    )
     with pytest.raises(RowError, match="did not end this assistant turn"):
         turns.through(talk("u: q", "a: x").messages)
 
