@@ -2,9 +2,9 @@
 # qlora with CUDA, as a user without rights. Build it, then train from a recipe in the current folder:
 #
 #   docker build -t qlora .
-#   docker run --rm --gpus all --user "$(id -u):$(id -g)" -v qlora-cache:/cache -v "$PWD:/work" qlora train mine.yaml
+#   docker run --rm --gpus all --user "$(id -u):$(id -g)" -v qlora-cache:/cache -v "$PWD:/runs" qlora train mine.yaml
 #
-# /cache keeps downloaded models and data sets between runs; /work is where recipes are read and runs are written,
+# /cache keeps downloaded models and data sets between runs; /runs is where recipes are read and runs are written,
 # as yourself with --user, as uid 10001 without.
 
 # The CUDA that the pinned PyTorch is built for; Ubuntu 24.04 brings Python 3.12.
@@ -31,7 +31,7 @@ RUN python3 -m venv /opt/qlora \
     && pip install --constraint scripts/constraints.txt --requirement requirements.txt
 
 # The package itself; pip takes the versions that build it from the environment.
-COPY README.md ./
+COPY README.md LICENSE ./
 COPY recipes recipes
 COPY qlora_cli qlora_cli
 RUN PIP_CONSTRAINT=scripts/constraints.txt PIP_BUILD_CONSTRAINT=scripts/constraints.txt pip install --no-deps . \
@@ -39,14 +39,14 @@ RUN PIP_CONSTRAINT=scripts/constraints.txt PIP_BUILD_CONSTRAINT=scripts/constrai
 
 # Open to every uid, for --user; USER names one that has no entry in the image. Ubuntu has given uid 1000 away.
 RUN useradd --create-home --uid 10001 qlora \
-    && mkdir -p /cache/huggingface /work \
-    && chmod 1777 /cache /cache/huggingface /work /home/qlora
+    && mkdir -p /cache/huggingface /runs \
+    && chmod 1777 /cache /cache/huggingface /runs /home/qlora
 ENV HOME=/home/qlora \
     USER=qlora \
     HF_HOME=/cache/huggingface \
     XDG_CACHE_HOME=/cache
-VOLUME ["/cache", "/work"]
-WORKDIR /work
+VOLUME ["/cache", "/runs"]
+WORKDIR /runs
 USER 10001
 
 ENTRYPOINT ["qlora"]

@@ -62,9 +62,9 @@ def test_editing_the_package_keeps_the_layer_with_the_dependencies() -> None:
 
 
 def test_models_and_runs_live_in_volumes() -> None:
-    assert [json.loads(rest) for rest in named("VOLUME")] == [["/cache", "/work"]]
+    assert [json.loads(rest) for rest in named("VOLUME")] == [["/cache", "/runs"]]
     assert any("HF_HOME=/cache/huggingface" in rest for rest in named("ENV"))
-    assert named("WORKDIR")[-1] == "/work"
+    assert named("WORKDIR")[-1] == "/runs"
 
 
 def test_nothing_is_fetched_outside_the_package_managers_and_no_secret_is_built_in() -> None:
@@ -77,7 +77,7 @@ def test_every_copied_path_is_in_the_repository_and_let_through_by_dockerignore(
     ignore = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     let_through = [line[1:] for line in ignore if line.startswith("!")]
     assert "*" in ignore
-    assert copied() == ["pyproject.toml", "scripts/constraints.txt", "README.md", "recipes", "qlora_cli"]
+    assert copied() == ["pyproject.toml", "scripts/constraints.txt", "README.md", "LICENSE", "recipes", "qlora_cli"]
     for source in copied():
         assert (ROOT / source).exists(), source
         assert any(fnmatch.fnmatch(source, pattern) for pattern in let_through), source

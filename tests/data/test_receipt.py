@@ -19,16 +19,16 @@ from qlora_cli.recipe.schema import DataSection
 from tests.conftest import make_tokenizer, write_jsonl
 from tests.data.conftest import THINKING
 
-texts = st.sampled_from(["", "a", "x</think>a", "b" * 9, "c" * 40])
+texts = st.sampled_from(["", "a", "x</think>a", "xx</think>b", "c" * 40])
 pairs = st.tuples(texts, texts).map(lambda pair: [("user", pair[0]), ("assistant", pair[1])])
-conversations = st.tuples(st.lists(pairs, min_size=1, max_size=3), st.booleans())
+conversations = st.tuples(st.lists(pairs, min_size=1, max_size=4), st.booleans())
 policies = st.fixed_dictionaries(
     {
-        "max_length": st.sampled_from([4, 12, 30, 200]),
+        "max_length": st.sampled_from([4, 16, 60, 400]),
         "too_long": st.sampled_from(["drop", "truncate"]),
-        "loss_on": st.sampled_from(["assistant", "last", "all"]),
+        "loss_on": st.sampled_from(["assistant", "assistant", "last", "all"]),
         "eval_split": st.sampled_from([None, 1, 3, 0.3]),
-        "template": st.sampled_from(["tokenizer", "none"]),
+        "template": st.sampled_from(["tokenizer", "tokenizer", "none"]),
     }
 )
 

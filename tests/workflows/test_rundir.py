@@ -1,0 +1,129 @@
+"""Run directories: nothing in one is overwritten, and its status says how the run stands."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.errors import DiskError, RunDirectoryError
+from qlora_cli.workflows.rundir import RunDirectory, check_space, check_unused
+
+
+def status(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((path / "status.json").read_text())
+    return values
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_new_and_an_empty_directory_may_be_used(tmp_path: Path) -> None:
+    check_unused(tmp_path / "new")
+    check_unused(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["adapter", ".hidden", "status.json"])
+def test_a_directory_that_holds_anything_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RunDirectoryError) as caught:
+        check_unused(tmp_path)
+    problem = caught.value.problems[0]
+    assert problem.what == f"{tmp_path} is not empty"
+    assert "-o DIR" in problem.fix
+    assert contents(tmp_path) == {name: b"mine"}
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_text("mine")
+    with pytest.raises(RunDirectoryError, match="is a file"):
+        check_unused(path)
+    assert path.read_text() == "mine"
+
+
+REFUSED = ["starting", "running", "finished", "interrupted"]
+
+
+@pytest.mark.parametrize("state", REFUSED)
+def test_a_run_in_any_state_but_failed_keeps_its_directory(tmp_path: Path, state: str) -> None:
+    RunDirectory(tmp_path, 5, writes=True).status(state)
+    before = contents(tmp_path)
+    with pytest.raises(RunDirectoryError):
+        RunDirectory(tmp_path, 9, writes=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_that_failed_after_its_first_step_keeps_its_directory(tmp_path: Path) -> None:
+    RunDirectory(tmp_path, 5, writes=True).status("failed", step=1)
+    with pytest.raises(RunDirectoryError):
+        check_unused(tmp_path)
+
+
+def test_a_run_that_failed_before_its_first_step_gives_its_directory_up(tmp_path: Path) -> None:
+    RunDirectory(tmp_path, 5, writes=True).status("failed", reason="out of memory")
+    RunDirectory(tmp_path, 9, writes=True)
+    assert (status(tmp_path)["state"], status(tmp_path)["total_steps"]) == ("starting", 9)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"state": "failed"}', '"failed"', '{"state": "failed", "step": null}']
+)
+def test_a_status_that_cannot_be_read_protects_the_directory(tmp_path: Path, text: str) -> None:
+    (tmp_path / "status.json").write_text(text)
+    with pytest.raises(RunDirectoryError):
+        check_unused(tmp_path)
+
+
+def test_the_status_says_state_step_reason_and_process(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "out" / "run", 5, writes=True)
+    first = status(directory.path)
+    assert (first["state"], first["step"], first["total_steps"], first["pid"]) == ("starting", 0, 5, os.getpid())
+    directory.status("running", 3)
+    directory.status("interrupted", reason="interrupted")
+    last = status(directory.path)
+    assert (last["state"], last["step"], last["reason"]) == ("interrupted", 3, "interrupted")
+    assert first["started"] == last["started"] <= last["updated"]
+
+
+def test_files_are_written_and_the_log_grows(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run", 5, writes=True)
+    directory.text("recipe.yaml", "a: 1\n")
+    directory.json("lock.json", {"seed": 0})
+    directory.log("one")
+    directory.log("two")
+    lines = (directory.path / "train.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["one", "two"]
+    assert sorted(contents(directory.path)) == ["lock.json", "recipe.yaml", "status.json", "train.log"]
+    assert directory.metrics_path == directory.path / "metrics.jsonl"
+
+
+def test_a_process_that_does_not_write_writes_nothing_and_refuses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    directory = RunDirectory(tmp_path, 5, writes=False)
+    directory.status("running", 1)
+    directory.text("recipe.yaml", "a")
+    directory.json("lock.json", {})
+    directory.log("line")
+    assert contents(tmp_path) == {"mine.txt": b"mine"}
+    assert directory.metrics_path is None
+
+
+def test_too_little_space_is_refused_with_both_figures_and_without_making_the_directory(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b"
+    check_space(path, 1)
+    with pytest.raises(DiskError, match=r"the run will write 1000000000\.00 GB, but only [\d.]+ GB are free there"):
+        check_space(path, 10**18)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_space_is_measured_for_a_relative_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_space(Path("out/run"), 1)
+    with pytest.raises(DiskError):
+        check_space(Path("out/run"), 10**18)
