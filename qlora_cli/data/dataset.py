@@ -88,8 +88,9 @@ def load_data(data: DataSection, tokenizer: Any) -> TokenData:
     return TokenData(tuple(train), tuple(held), receipt_, encoder.turns.stop_ids)
 
 
-def load_held_out(data: DataSection, tokenizer: Any) -> tuple[Encoded, ...]:
-    """The held-out rows alone; where the recipe holds none out, an error that says how to name some."""
+def load_held_out(data: DataSection, tokenizer: Any) -> tuple[tuple[Encoded, ...], dict[str, str]]:
+    """(the held-out rows, content hash of the source they came from). Where the recipe holds none out, an error that
+    says how to name some."""
     if data.eval is None and data.eval_split is None:
         raise DataError(
             "the recipe holds no rows out",
@@ -98,13 +99,15 @@ def load_held_out(data: DataSection, tokenizer: Any) -> tuple[Encoded, ...]:
         )
     encoder = _Encoder(data, turn_encoder(tokenizer, data.template, data.format))
     if data.eval is not None:
-        held = _eval_source(encoder, data.eval)[0]
+        held, receipt = _eval_source(encoder, data.eval)
+        source, digest = data.eval, receipt.sha256
     else:
         rows = read_rows(data.train, data.split)
         chosen = _held_out(rows, data.eval_split)
         held, _ = _encode_all(encoder, data.train, [row for row in rows if row.where in chosen])
+        source, digest = data.train, _digest(rows)
     _check_held(held)
-    return tuple(held)
+    return tuple(held), {source: digest}
 
 
 def _eval_source(encoder: _Encoder, source: str) -> tuple[list[Encoded], SourceReceipt]:
@@ -137,6 +140,11 @@ def _key(row: SourceRow) -> str:
     return hashlib.sha256(json.dumps(row.values, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _digest(rows: Sequence[SourceRow]) -> str:
+    """A hash of the rows' content, whatever their order."""
+    return hashlib.sha256("".join(sorted(_key(row) for row in rows)).encode()).hexdigest()
+
+
 def _held_out(rows: Sequence[SourceRow], wanted: int | float | None) -> frozenset[str]:
     """Places of the rows held out: those with the smallest content hashes, so that the choice does not depend on the
     order of the rows and equal rows stay together. A share below 1 takes hashes below that share of their range."""
@@ -155,10 +163,9 @@ def _held_out(rows: Sequence[SourceRow], wanted: int | float | None) -> frozense
 def _source_receipt(
     rows: Sequence[SourceRow], train: Tally, kept: Sequence[Encoded], held: Tally, held_out: Sequence[Encoded]
 ) -> SourceReceipt:
-    digest = hashlib.sha256("".join(sorted(_key(row) for row in rows)).encode()).hexdigest()
     return SourceReceipt(
         source=train.source,
-        sha256=digest,
+        sha256=_digest(rows),
         read=train.read + held.read,
         kept=_rows(kept),
         held_out=_rows(held_out),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import DataError, MachineError, Problem
+from qlora_cli.hub import hub_reachable
 
 MOST_NAMED = 10
 FILE_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst", ".zip"})
@@ -100,6 +101,8 @@ def _parse_object(text: str, where: str) -> SourceRow | Problem:
 def _read_hub(source: str, split: str) -> list[SourceRow]:
     import datasets
 
+    if not hub_reachable():
+        datasets.config.HF_HUB_OFFLINE = True  # use what is in the cache, at once
     try:
         table = datasets.load_dataset(source, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

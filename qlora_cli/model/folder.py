@@ -7,18 +7,16 @@ safetensors files that all lie inside it; pickles are refused and no code from a
 from __future__ import annotations
 
 import json
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 from qlora_cli.errors import MachineError, ModelError, QloraError
-from qlora_cli.files import sha256
+from qlora_cli.files import sample_hash, sha256
+from qlora_cli.hub import hub_reachable
 
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -40,8 +38,14 @@ class BaseFolder:
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every file that decides what the model computes."""
-        files = [*self.weight_files(), *sorted(self.path.glob("*.json")), *sorted(self.path.glob("*.jinja"))]
-        return {file.name: sha256(file) for file in files}
+        return {file.name: sha256(file) for file in self._deciding()}
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of samples of the same files: quick for any size, and different for weights trained further."""
+        return {file.name: sample_hash(file) for file in self._deciding()}
+
+    def _deciding(self) -> list[Path]:
+        return [*self.weight_files(), *sorted(self.path.glob("*.json")), *sorted(self.path.glob("*.jinja"))]
 
 
 def find_base(name: str, revision: str | None, weights: bool = True) -> BaseFolder:
@@ -72,18 +76,6 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> BaseFolder:
     except (OSError, ValueError, hub_errors.HfHubHTTPError, hub_errors.HFValidationError) as error:
         raise _hub_error(name, error) from error
     return BaseFolder(name, Path(path), Path(path).name)
-
-
-def hub_reachable() -> bool:
-    """Whether the Hub's name resolves; without it, the client would retry for half a minute per file."""
-    if huggingface_hub.constants.is_offline_mode():
-        return False
-    host = urlparse(huggingface_hub.constants.ENDPOINT).hostname or ""
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return bool(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"))
-    return True
 
 
 def _hub_error(name: str, error: Exception) -> QloraError:

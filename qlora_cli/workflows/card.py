@@ -11,11 +11,11 @@ from pathlib import Path
 
 from qlora_cli import __version__
 from qlora_cli.evaluation.perplexity import EvalResult
-from qlora_cli.files import disk_errors, write_text
+from qlora_cli.files import disk_errors, write_json, write_text
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.workflows.prepare import Prepared
 
-RECIPE_FILE = "recipe.yaml"
+RECIPE_FILE, ORIGIN_FILE = "recipe.yaml", "origin.json"
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,16 @@ class Outcome:
 
 
 def beside(ready: Prepared, resolved: str, outcome: Outcome) -> Callable[[Path], None]:
-    """A function that puts tokenizer, template, resolved recipe and model card into a folder."""
+    """A function that puts tokenizer, template, resolved recipe, origin and model card into a folder. The origin is
+    what a later reader compares to learn whether base or data are still those of the training."""
+    data = {source.source: source.sha256 for source in ready.data.receipt.sources}
+    origin = {"base": ready.folder.fingerprint(), "data": data}
 
     def write(folder: Path) -> None:
         with disk_errors(folder):
             ready.tokenizer.save_pretrained(folder)
         write_text(folder / RECIPE_FILE, resolved)
+        write_json(folder / ORIGIN_FILE, origin)
         write_text(folder / "README.md", model_card(ready, outcome))
 
     return write

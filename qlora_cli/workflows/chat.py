@@ -73,4 +73,4 @@ def open_talk(target: str | None, adapter: Path | None, emit: Emit) -> Talk:
     found = find(target, adapter)
     emit(Stage(f"loading {found.recipe.model.base}{f' with {found.adapter}' if found.adapter else ''}"))
     with memory_guard("loading the model"):
-        return Talk(load_model(found))
+        return Talk(load_model(found, emit))

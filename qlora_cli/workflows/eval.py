@@ -15,7 +15,7 @@ from qlora_cli.model.ranks import Ranks
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.training.guard import memory_guard
 from qlora_cli.workflows.events import Emit, Stage, eval_json
-from qlora_cli.workflows.locate import Found, find, load_model
+from qlora_cli.workflows.locate import Found, find, load_model, tell_changes
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,10 @@ def run_eval(target: str, adapter: Path | None, emit: Emit) -> EvalOutcome:
     recipe = found.recipe
     emit(Stage(f"loading {recipe.model.base}"))
     with memory_guard("loading the base model"):
-        loaded = load_model(found)
-    rows = load_held_out(recipe.data, loaded.tokenizer)
+        loaded = load_model(found, emit)
+    rows, sources = load_held_out(recipe.data, loaded.tokenizer)
+    if found.adapter is not None:
+        tell_changes("data", sources, found.adapter, emit)
     emit(Stage(f"evaluating on {len(rows):,} held-out rows"))
     with memory_guard("evaluating"):
         pad = loaded.tokenizer.pad_token_id or 0

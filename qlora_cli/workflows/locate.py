@@ -16,11 +16,12 @@ from qlora_cli.errors import ModelError
 from qlora_cli.model.adapter import CONFIG, load_into, read_adapter
 from qlora_cli.model.base import load_base, load_config, load_tokenizer
 from qlora_cli.model.device import compute_dtype, find_machine
-from qlora_cli.model.folder import BaseFolder, find_base
+from qlora_cli.model.folder import BaseFolder, find_base, read_json
 from qlora_cli.model.lora import attach
 from qlora_cli.recipe.schema import DataSection, ModelSection, Recipe
 from qlora_cli.recipe.snapshot import read_resolved
-from qlora_cli.workflows.card import RECIPE_FILE
+from qlora_cli.workflows.card import ORIGIN_FILE, RECIPE_FILE
+from qlora_cli.workflows.events import Emit, Notice
 from qlora_cli.workflows.prepare import local_rank
 
 
@@ -86,12 +87,21 @@ def _tuned_model(folder: Path) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str(folder), "revision": None})})
 
 
+def tell_changes(kind: str, now: dict[str, str], adapter: Path, emit: Emit) -> None:
+    """Says which of the base's files or data sources differ from those that the adapter was trained on."""
+    path = adapter / ORIGIN_FILE
+    then = read_json(path).get(kind, {}) if path.is_file() else {}
+    changed = sorted(name for name in now if name in then and then[name] != now[name])
+    if changed:
+        emit(Notice(f"the {kind} is no longer what {adapter} was trained on: {', '.join(changed)} changed"))
+
+
 def plain_recipe(model: str) -> Recipe:
     """The recipe for talking to a model as it is: 4-bit, no adapter, its own template."""
     return Recipe(model=ModelSection(base=model), lora=None, data=DataSection(train="-"))
 
 
-def load_model(found: Found) -> Loaded:
+def load_model(found: Found, emit: Emit) -> Loaded:
     """The base as the recipe says, with the adapter's values where there is one. The tokenizer (and with it the
     template) is the one saved beside the adapter."""
     recipe, adapter = found.recipe, found.adapter
@@ -99,6 +109,8 @@ def load_model(found: Found) -> Loaded:
     dtype = compute_dtype(recipe.quantization.compute_dtype, machine)
     folder = find_base(recipe.model.base, recipe.model.revision)
     load_config(folder)
+    if adapter is not None:
+        tell_changes("base", folder.fingerprint(), adapter, emit)
     model = load_base(folder, recipe.model, recipe.quantization, dtype, machine.device)
     if adapter is not None:
         assert recipe.lora is not None, "an adapter's recipe has a lora section"

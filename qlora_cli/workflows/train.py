@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,15 @@ def _recorded(directory: RunDirectory) -> Iterator[None]:
         raise
 
 
+def _pinned(loaded: LoadedRecipe, commit: str | None) -> LoadedRecipe:
+    """The recipe with the Hub commit that was loaded, so that whoever reads it later gets that very base."""
+    if commit is None:
+        return loaded
+    model = loaded.recipe.model.model_copy(update={"revision": commit})
+    origins = {**loaded.origins, "model.revision": "the Hub's commit at the start"}
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"model": model}), origins=origins)
+
+
 class _Run:
     """One run, from loaded weights to the saved result."""
 
@@ -109,7 +118,7 @@ class _Run:
     ) -> None:
         self.loaded, self.ready, self.ranks, self.directory = loaded, ready, ranks, directory
         self.recipe, self.total = ready.recipe, ready.plan.steps
-        self.resolved = resolved_yaml(loaded)
+        self.resolved = resolved_yaml(_pinned(loaded, ready.folder.revision))
         self._emit = emit
         self.best = Best(self.recipe.eval.patience)
         self.measured: tuple[int, EvalResult] | None = None

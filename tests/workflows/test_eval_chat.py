@@ -13,7 +13,7 @@ import pytest
 
 from qlora_cli.cli.app import main
 from qlora_cli.workflows.chat import Decoding, open_talk
-from tests.conftest import RECIPE, chat_rows, write_jsonl
+from tests.conftest import RECIPE, chat_rows, make_llama, write_jsonl
 
 Recipe = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
@@ -153,3 +153,20 @@ def test_plain_completions_are_prompted_as_they_were_trained(recipe_file: Recipe
     assert main(["train", str(recipe_file(text, rows)), "-o", str(run), "-q"]) == 0
     talk = open_talk(str(run), None, lambda event: None)
     assert len(talk.answer_all(["1 ->"], 3)) == 1
+
+
+def test_a_base_or_data_that_changed_since_training_is_said(
+    recipe_file: Recipe, base: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(base, own)
+    run = tmp_path / "run"
+    assert main(["train", str(recipe_file()), "-s", f"model.base={own}", "-o", str(run), "-q"]) == 0
+    assert main(["eval", str(run)]) == 0
+    assert "no longer" not in capsys.readouterr().err
+    make_llama(seed=1).save_pretrained(own)
+    write_jsonl(tmp_path / "rows.jsonl", chat_rows(25))
+    assert main(["eval", str(run)]) == 0
+    said = capsys.readouterr().err
+    assert f"the base is no longer what {run / 'adapter'} was trained on: model.safetensors changed" in said
+    assert f"the data is no longer what {run / 'adapter'} was trained on: {tmp_path / 'rows.jsonl'} changed" in said

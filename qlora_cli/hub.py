@@ -1,0 +1,26 @@
+"""Whether the Hugging Face Hub can be reached.
+
+Knows a name and a socket. Invariant: asking costs one name look-up, where the Hub's client would retry for half a
+minute per file on a machine without a network.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from urllib.parse import urlparse
+
+import huggingface_hub
+
+
+def hub_reachable() -> bool:
+    """False in offline mode, and where the Hub's name does not resolve and no proxy could resolve it."""
+    if huggingface_hub.constants.is_offline_mode():
+        return False
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return True
+    try:
+        socket.getaddrinfo(urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
