@@ -1,6 +1,6 @@
 """Makes the demo's base: a tiny Llama, its byte-level BPE tokenizer and its chat template.
 
-The trained base ships with the repository in recipes/tiny-base. By default this script verifies its checksum and
+The trained base ships with the repository in scripts/tiny-base. By default this script verifies its checksum and
 copies it to --out. `--rebuild` trains it anew, `--check` trains it anew aside and compares the two, and `--rows`
 makes another base from rows of real text.
 
@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-SHIPPED = Path(__file__).resolve().parent.parent / "recipes" / "tiny-base"
+SHIPPED = Path(__file__).resolve().parent / "tiny-base"
 WEIGHTS, CHECKSUM = "model.safetensors", "model.safetensors.sha256"
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
 SPECIAL = [PAD, BEGIN, END, "<|system|>", "<|user|>", "<|assistant|>"]
@@ -141,7 +141,7 @@ def verify_shipped() -> None:
     if weights.is_file() and checksum.is_file() and checksum.read_text().split()[0] == sha256(weights):
         return
     raise SystemExit(
-        f"{weights} is missing or does not match its sha256; restore it with `git checkout -- recipes/tiny-base`."
+        f"{weights} is missing or does not match its sha256; restore it with `git checkout -- scripts/tiny-base`."
     )
 
 
@@ -192,7 +192,7 @@ def check(plan: Plan) -> None:
         raise SystemExit(
             f"The rebuilt base is worse than the shipped one: accuracy fell by {accuracy_drop:.3f} (at most "
             f"{WORST_ACCURACY_DROP}), loss rose by {loss_rise:.3f} (at most {WORST_LOSS_RISE}). "
-            "Did tiny_corpus.py or tiny_pretrain.py change without a new recipes/tiny-base?"
+            "Did tiny_corpus.py or tiny_pretrain.py change without a new scripts/tiny-base?"
         )
 
 

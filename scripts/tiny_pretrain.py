@@ -169,7 +169,8 @@ def pretrain(model: LlamaForCausalLM, rows: Tensor, plan: Plan) -> None:
 def measure(model: LlamaForCausalLM, chats: list[list[int]]) -> Quality:
     """Predicts every answer token from the true tokens before it. An answer counts if all of it is right."""
     rows = pack_singly(chats)
-    logits = torch.cat([model(input_ids=part[:, :-1]).logits.float() for part in rows.split(50)])
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = torch.cat([model(input_ids=part[:, :-1], use_cache=False).logits.float() for part in rows.split(50)])
     following, answers = rows[:, 1:], answer_mask(rows)[:, 1:]
     loss = cross_entropy(logits[answers], following[answers]).item()
     wrong = ((logits.argmax(-1) != following) & answers).long().cumsum(1)

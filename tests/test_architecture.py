@@ -22,10 +22,11 @@ LAYERS: dict[str, set[str]] = {
     "evaluation": {"data", "model", "recipe", "files", "errors"},
     "generation": {"model", "recipe", "files", "errors"},
     "export": {"model", "recipe", "files", "errors", "__init__"},
-    "data": {"recipe", "files", "errors"},
-    "model": {"recipe", "files", "errors"},
+    "data": {"recipe", "files", "hub", "errors"},
+    "model": {"recipe", "files", "hub", "errors"},
     "recipe": {"errors"},
     "files": {"errors"},
+    "hub": {"errors"},
     "errors": set(),
     "__init__": set(),
 }

@@ -74,12 +74,11 @@ def load_data(data: DataSection, tokenizer: Any) -> TokenData:
     """Reads and encodes everything the recipe names. Raises `DataError` where nothing is left to train on."""
     encoder = _Encoder(data, turn_encoder(tokenizer, data.template, data.format))
     rows = read_rows(data.train, data.split)
-    held_rows = _held_out(rows, data.eval_split)
-    train_rows = [row for row in rows if row.where not in held_rows]
-    train, tally = _encode_all(encoder, data.train, train_rows)
-    inner, inner_tally = _encode_all(encoder, data.train, [row for row in rows if row.where in held_rows])
-    sources = [_source_receipt(rows, tally, train, inner_tally, inner)]
-    held = inner
+    encoded, tally = _encode_all(encoder, data.train, rows)
+    chosen = _held_out(rows, data.eval_split)
+    train = [sequence for sequence in encoded if sequence.where not in chosen]
+    held = [sequence for sequence in encoded if sequence.where in chosen]
+    sources = [_source_receipt(rows, tally, train, held)]
     if data.eval is not None:
         held, receipt = _eval_source(encoder, data.eval)
         sources.append(receipt)
@@ -114,7 +113,7 @@ def _eval_source(encoder: _Encoder, source: str) -> tuple[list[Encoded], SourceR
     name, _, split = source.partition(":") if not source.endswith(".jsonl") else (source, "", "")
     rows = read_rows(name, split or "train")
     held, tally = _encode_all(encoder, source, rows)
-    return held, _source_receipt(rows, Tally(source), [], tally, held)
+    return held, _source_receipt(rows, tally, [], held)
 
 
 def _encode_all(encoder: _Encoder, source: str, rows: Sequence[SourceRow]) -> tuple[list[Encoded], Tally]:
@@ -161,17 +160,17 @@ def _held_out(rows: Sequence[SourceRow], wanted: int | float | None) -> frozense
 
 
 def _source_receipt(
-    rows: Sequence[SourceRow], train: Tally, kept: Sequence[Encoded], held: Tally, held_out: Sequence[Encoded]
+    rows: Sequence[SourceRow], tally: Tally, kept: Sequence[Encoded], held_out: Sequence[Encoded]
 ) -> SourceReceipt:
     return SourceReceipt(
-        source=train.source,
+        source=tally.source,
         sha256=_digest(rows),
-        read=train.read + held.read,
+        read=tally.read,
         kept=_rows(kept),
         held_out=_rows(held_out),
-        truncated=train.truncated + held.truncated,
-        trailing_turns=train.trailing_turns + held.trailing_turns,
-        dropped=dict(train.dropped + held.dropped),
+        truncated=tally.truncated,
+        trailing_turns=tally.trailing_turns,
+        dropped=dict(tally.dropped),
     )
 
 

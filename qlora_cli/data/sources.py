@@ -47,18 +47,14 @@ def read_rows(source: str, split: str) -> list[SourceRow]:
 
 
 def _read_jsonl(path: Path) -> list[SourceRow]:
-    _check_file(path)
-    rows: list[SourceRow] = []
-    problems: list[Problem] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            outcome = _parse_line(line, f"{path}:{number}")
-            if isinstance(outcome, SourceRow):
-                rows.append(outcome)
-            elif outcome is not None:
-                problems.append(outcome)
-    raise_all(problems)
-    return rows
+    try:
+        _check_file(path)
+        with path.open("rb") as file:
+            outcomes = [_parse_line(line, f"{path}:{number}") for number, line in enumerate(file, start=1)]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}", fix="check its name and permissions") from error
+    raise_all([outcome for outcome in outcomes if isinstance(outcome, Problem)])
+    return [outcome for outcome in outcomes if isinstance(outcome, SourceRow)]
 
 
 def _check_file(path: Path) -> None:

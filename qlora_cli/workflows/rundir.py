@@ -1,6 +1,6 @@
 """The run directory: what belongs in it, and that nothing in one is overwritten.
 
-Knows paths and JSON. Invariant: a directory that holds anything is refused, but for one whose run failed before its
+Knows paths and JSON. Invariant: a directory that holds anything is refused, but for one whose run ended before its
 first step; and `status.json` always says in which state the run is.
 """
 
@@ -21,7 +21,7 @@ STATUS = "status.json"
 
 
 def check_unused(path: Path) -> None:
-    """Raises `RunDirectoryError` unless `path` is new, empty, or left by a run that failed before its first step."""
+    """Raises `RunDirectoryError` unless `path` is new, empty, or left by a run that ended before its first step."""
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"{path} is a file", fix="name another run directory with -o DIR")
     if path.is_dir() and any(path.iterdir()) and not _never_began(path):
@@ -35,7 +35,7 @@ def check_unused(path: Path) -> None:
 def _never_began(path: Path) -> bool:
     try:
         status = json.loads((path / STATUS).read_text(encoding="utf-8"))
-        return bool(status["state"] == "failed" and status["step"] == 0)
+        return bool(status["state"] in ("failed", "interrupted") and status["step"] == 0)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -123,7 +123,7 @@ class _Run:
         self.best = Best(self.recipe.eval.patience)
         self.measured: tuple[int, EvalResult] | None = None
         self.kept: tuple[int, EvalResult, dict[str, torch.Tensor]] | None = None
-        self.spent = 0.0
+        self.seconds: list[float] = []
 
     def tell(self, event: Event) -> None:
         """To the console, and to train.log."""
@@ -187,9 +187,10 @@ class _Run:
         return step_report
 
     def _after_step(self, step: StepReport, metrics: MetricsFile) -> None:
-        self.spent += step.seconds
+        self.seconds.append(step.seconds)
         logged = step.step % self.recipe.log.every == 0 or step.step in (1, self.total)
-        eta = self.spent / step.step * (self.total - step.step)
+        steady = self.seconds[1:] or self.seconds  # the first step also warms caches up
+        eta = sum(steady) / len(steady) * (self.total - step.step)
         progress = Progress(step, self.total, peak_memory(self.ranks.device), eta, logged)
         self.tell(progress)
         if logged:

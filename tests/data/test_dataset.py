@@ -152,6 +152,12 @@ def test_a_conversation_that_loses_all_of_its_sequences_is_dropped_once(load: Lo
     assert (source.read, source.kept, source.truncated, source.dropped) == (2, 1, 0, {"longer than 8 tokens": 1})
 
 
+def test_bad_rows_of_both_splits_are_named_together_in_the_order_of_the_file(load: Load) -> None:
+    with pytest.raises(DataError) as caught:
+        load([{"text": i} if i % 2 else {"text": str(i)} for i in range(12)], eval_split=0.5)
+    assert [problem.where.rsplit(":", 1)[1] for problem in caught.value.problems] == ["2", "4", "6", "8", "10", "12"]
+
+
 def test_a_row_that_the_template_refuses_is_named_by_file_and_line(load: Load, tmp_path: Path) -> None:
     good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     bad = {"messages": [{"role": "assistant", "content": "a"}, *good["messages"]]}
@@ -221,9 +227,10 @@ def test_evaluation_reads_the_very_rows_that_training_held_out(load: Load, tmp_p
     rows = numbered(30)
     data = load(rows, eval_split=6)
     section = DataSection(train=str(tmp_path / "rows.jsonl"), format="text", eval_split=6)
-    again = load_held_out(section, tokenizer)
+    again, hashes = load_held_out(section, tokenizer)
     assert [row.ids.tolist() for row in again] == [row.ids.tolist() for row in data.held_out]
     assert len(again) == 6
+    assert hashes == {source.source: source.sha256 for source in data.receipt.sources}
 
 
 def test_held_out_rows_may_have_a_file_of_their_own(load: Load, tmp_path: Path, tokenizer: Any) -> None:
@@ -233,7 +240,9 @@ def test_held_out_rows_may_have_a_file_of_their_own(load: Load, tmp_path: Path, 
     first, second = data.receipt.sources
     assert (first.read, first.kept, second.read, second.held_out) == (5, 5, 3, 3)
     section = DataSection(train="-", format="text", eval=str(path))
-    assert texts(load_held_out(section, tokenizer), tokenizer) == ["row 0", "row 1", "row 2"]
+    held, hashes = load_held_out(section, tokenizer)
+    assert texts(held, tokenizer) == ["row 0", "row 1", "row 2"]
+    assert hashes == {str(path): second.sha256}
 
 
 def test_a_file_of_held_out_rows_that_are_all_too_long_is_refused_wherever_it_is_read(

@@ -26,7 +26,7 @@ def test_one_answer_carries_loss_with_its_end_of_turn_and_nothing_else_does(toke
     (row,) = encode(talk("u: q", "a: ab"), turn_encoder(tokenizer, "auto", "messages"), "assistant", "rows.jsonl:7")
     assert row.ids.tolist() == [1, 3, 203, 85, 2, 203, 4, 203, 69, 70, 2]
     assert row.loss.tolist() == [False] * 8 + [True] * 3
-    assert (row.ids.dtype, row.where, len(row), row.targets) == (np.int32, "rows.jsonl:7", 11, 3)
+    assert (str(row.ids.dtype), row.where, len(row), row.targets) == ("int32", "rows.jsonl:7", 11, 3)
     assert marked(row, tokenizer) == "<s> <|user|> Ċ q </s> Ċ <|assistant|> Ċ [a] [b] [</s>]"
 
 
@@ -51,6 +51,12 @@ def test_two_answers_in_a_row_both_carry_loss(tokenizer: Any) -> None:
 
 def test_turns_after_the_last_answer_are_left_off(tokenizer: Any) -> None:
     assert rows(talk("u: q", "a: a", "u: r"), tokenizer) == rows(talk("u: q", "a: a"), tokenizer)
+
+
+def test_an_answer_that_spells_out_the_end_of_a_turn_is_kept_whole(tokenizer: Any) -> None:
+    assert rows(talk("u: q", "a: a</s>b"), tokenizer) == [
+        "<s> <|user|> Ċ q </s> Ċ <|assistant|> Ċ [a] [</s>] [b] [</s>]"
+    ]
 
 
 def test_an_empty_answer_is_its_end_of_turn(tokenizer: Any) -> None:

@@ -66,11 +66,16 @@ def test_all_bad_lines_are_reported_together_the_first_ten_by_name(tmp_path: Pat
     assert problems[-1].what == "3 more rows like these"
 
 
-def test_ten_problems_are_all_named_and_none_raises_nothing() -> None:
-    raise_all([])
+@pytest.mark.parametrize(("count", "last"), [(1, "1"), (10, "10"), (11, "1 more rows like these")])
+def test_ten_problems_are_named_and_others_counted(count: int, last: str) -> None:
     with pytest.raises(DataError) as caught:
-        raise_all([Problem(str(number)) for number in range(10)])
-    assert [problem.what for problem in caught.value.problems] == [str(number) for number in range(10)]
+        raise_all([Problem(str(number)) for number in range(1, count + 1)])
+    problems = caught.value.problems
+    assert (len(problems), problems[-1].what) == (count, last)
+
+
+def test_no_problem_raises_nothing() -> None:
+    raise_all([])
 
 
 @pytest.mark.parametrize("content", ["", "\n\n  \n", "\ufeff"])
@@ -95,6 +100,11 @@ def test_a_folder_or_another_kind_of_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
     assert refusal(tmp_path).problems[0].what == f"{tmp_path} is a folder"
     assert refusal(tmp_path / "rows.csv").problems[0].what == f"{tmp_path / 'rows.csv'}: cannot read .csv"
+
+
+def test_a_path_that_the_system_refuses_is_refused(tmp_path: Path) -> None:
+    problem = refusal(tmp_path / f"{'x' * 300}.jsonl").problems[0]
+    assert problem.what.endswith("x.jsonl: cannot be read: File name too long")
 
 
 def test_suffixes_are_read_without_regard_to_case_and_ndjson_is_jsonl(tmp_path: Path) -> None:

@@ -47,11 +47,8 @@ def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None
     assert path.read_text() == "mine"
 
 
-REFUSED = ["starting", "running", "finished", "interrupted"]
-
-
-@pytest.mark.parametrize("state", REFUSED)
-def test_a_run_in_any_state_but_failed_keeps_its_directory(tmp_path: Path, state: str) -> None:
+@pytest.mark.parametrize("state", ["starting", "running", "finished"])
+def test_a_run_that_may_be_going_on_or_has_finished_keeps_its_directory(tmp_path: Path, state: str) -> None:
     RunDirectory(tmp_path, 5, writes=True).status(state)
     before = contents(tmp_path)
     with pytest.raises(RunDirectoryError):
@@ -59,14 +56,16 @@ def test_a_run_in_any_state_but_failed_keeps_its_directory(tmp_path: Path, state
     assert contents(tmp_path) == before
 
 
-def test_a_run_that_failed_after_its_first_step_keeps_its_directory(tmp_path: Path) -> None:
-    RunDirectory(tmp_path, 5, writes=True).status("failed", step=1)
+@pytest.mark.parametrize("state", ["failed", "interrupted"])
+def test_a_run_that_ended_after_its_first_step_keeps_its_directory(tmp_path: Path, state: str) -> None:
+    RunDirectory(tmp_path, 5, writes=True).status(state, step=1)
     with pytest.raises(RunDirectoryError):
         check_unused(tmp_path)
 
 
-def test_a_run_that_failed_before_its_first_step_gives_its_directory_up(tmp_path: Path) -> None:
-    RunDirectory(tmp_path, 5, writes=True).status("failed", reason="out of memory")
+@pytest.mark.parametrize("state", ["failed", "interrupted"])
+def test_a_run_that_ended_before_its_first_step_gives_its_directory_up(tmp_path: Path, state: str) -> None:
+    RunDirectory(tmp_path, 5, writes=True).status(state, reason="out of memory")
     RunDirectory(tmp_path, 9, writes=True)
     assert (status(tmp_path)["state"], status(tmp_path)["total_steps"]) == ("starting", 9)
 
