@@ -82,23 +82,30 @@ class ChatTurns:
             index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
         eos = tokenizer.eos_token_id
-        self.stop_ids = frozenset({self._probe_end_of_turn()} | ({eos} if eos is not None else set()))
+        self._end = self._probe_end_of_turn()
+        self.stop_ids = frozenset({self._end} | ({eos} if eos is not None else set()))
 
     def _probe_end_of_turn(self) -> int:
+        """The first special token behind an answer. What may follow it (a line break, an EOS behind the whole
+        conversation) belongs to no turn."""
         probe = (Message("user", "a"), Message("assistant", "b"))
         fix = "choose another data.template, or mend the template in the base's tokenizer files"
         try:
             ids = self._split(probe)[1]
         except RowError as error:
             raise DataError(f"a question and its answer cannot be rendered: {error}", fix=fix) from error
-        ends = [token for token in ids if token in self._special]
+        spoken = [i for i, token in enumerate(ids) if token not in self._special and self._says_something(token)]
+        ends = [token for token in ids[spoken[-1] + 1 :] if token in self._special] if spoken else []
         if not ends:
             raise DataError(
                 "the chat template ends an assistant turn without a special token",
                 why="the model would never learn to stop",
                 fix=fix,
             )
-        return ends[-1]
+        return ends[0]
+
+    def _says_something(self, token: int) -> bool:
+        return bool(self._tokenizer.decode([token]).strip())
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """See `TurnEncoder.prompt`."""
@@ -107,7 +114,7 @@ class ChatTurns:
     def through(self, messages: Sequence[Message]) -> list[int]:
         """See `TurnEncoder.through`."""
         before, turn = self._split(messages)
-        ends = [position for position, token in enumerate(turn) if token in self.stop_ids]
+        ends = [position for position, token in enumerate(turn) if token == self._end]
         if not ends:
             raise RowError("the chat template did not end this assistant turn with its end-of-turn token")
         return before + turn[: ends[-1] + 1]

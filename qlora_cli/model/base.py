@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_cli.errors import ModelError
 from qlora_cli.model.folder import BaseFolder
-from qlora_cli.model.nf4 import four_bit_layers, keep_packed_format, loading_config, stored_bytes
+from qlora_cli.model.lora import linear_shape
+from qlora_cli.model.nf4 import four_bit_layers, keep_packed_format, loading_config, quantized_shape, stored_bytes
 from qlora_cli.recipe.schema import ModelSection, QuantizationSection
 
 
@@ -38,14 +40,14 @@ def load_config(folder: BaseFolder) -> Any:
     """The model's configuration; code that comes with a repository is not run."""
     try:
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
         raise ModelError(
-            f"{folder.name}: its architecture is not known to the installed transformers: {_first_line(error)}",
+            f"{folder.name}: its config.json is not one that the installed transformers knows: {_first_line(error)}",
             why="code that comes with a model repository is never run",
             fix="install a newer transformers, or choose another base",
         ) from error
     stored = getattr(config, "quantization_config", None)
-    if stored is not None:
+    if stored:
         method = stored.get("quant_method") if isinstance(stored, dict) else type(stored).__name__
         raise ModelError(
             f"{folder.name} is already quantised ({method})", fix="name the original 16-bit model in model.base"
@@ -66,8 +68,14 @@ def load_tokenizer(folder: BaseFolder) -> Any:
 
 def meta_model(config: Any) -> Any:
     """The model's structure without any weight, for counting and for finding layers."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ModelError(
+            f"a model of type {config.model_type} cannot be built for text generation: {_first_line(error)[:160]}",
+            fix="choose a causal language model as model.base, and check its config.json",
+        ) from error
 
 
 def load_base(
@@ -89,9 +97,14 @@ def load_base(
         )
     except SafetensorError as error:
         raise ModelError(f"{folder.name}: a weight file is damaged: {error}", fix="download it again") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise _wrong_shape(folder, _first_line(error)) from error
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{folder.name}: cannot be loaded: {_first_line(error)}", fix=_load_fix(section)) from error
     _check_complete(folder, info)
+    _check_shapes(folder, model)
     keep_packed_format(model)
     model.requires_grad_(False)
     return model
@@ -111,6 +124,20 @@ def _check_complete(folder: BaseFolder, info: dict[str, Any]) -> None:
             why="they would be random numbers",
             fix="download the model again, or check that config.json belongs to these weights",
         )
+
+
+def _check_shapes(folder: BaseFolder, model: Any) -> None:
+    """transformers compares shapes before quantising, and so not those of 4-bit layers."""
+    for name, layer in four_bit_layers(model).items():
+        if quantized_shape(layer) != linear_shape(layer):
+            raise _wrong_shape(folder, f"{name} is {quantized_shape(layer)} there, {linear_shape(layer)} here")
+
+
+def _wrong_shape(folder: BaseFolder, detail: str) -> ModelError:
+    return ModelError(
+        f"{folder.name}: its weights do not have the shapes that its config.json names: {detail}",
+        fix="check that config.json belongs to these weights",
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -54,11 +54,18 @@ def find_base(name: str, revision: str | None, weights: bool = True) -> BaseFold
     Raises `ModelError` for what is missing or unsafe, `MachineError` for a Hub out of reach or a login that lacks.
     """
     local = Path(name).expanduser()
-    folder = BaseFolder(name, local, None) if local.is_dir() else _from_hub(name, revision, weights)
+    folder = BaseFolder(name, local, None) if _is_folder(local) else _from_hub(name, revision, weights)
     _check_config(folder)
     if weights:
         _check_weights(folder)
     return folder
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name too long for a file, say
+        return False
 
 
 def _from_hub(name: str, revision: str | None, weights: bool) -> BaseFolder:
@@ -114,7 +121,10 @@ def _check_weights(folder: BaseFolder) -> None:
 
 
 def _check_index(folder: BaseFolder, index: Any) -> None:
-    shards = sorted(set(index.get("weight_map", {}).values()))
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ModelError(f"{folder.name}: {INDEX} has no `weight_map` of file names", fix="download it again")
+    shards = sorted(set(weight_map.values()))
     outside = [name for name in shards if Path(name).name != name]
     if outside:
         raise ModelError(

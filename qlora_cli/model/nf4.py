@@ -98,6 +98,12 @@ def dequantize(layer: Any) -> Tensor:
     return bnb_functional.dequantize_4bit(layer.weight.data, state)
 
 
+def quantized_shape(layer: Any) -> tuple[int, int]:
+    """(out, in) of the weight that was quantised into this layer."""
+    out_features, in_features = layer.weight.quant_state.shape
+    return out_features, in_features
+
+
 def stored_bytes(layer: Any) -> int:
     """Bytes of packed codes and constants."""
     state = layer.weight.quant_state

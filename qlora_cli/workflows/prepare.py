@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qlora_cli.data.dataset import TokenData, load_data
-from qlora_cli.errors import MachineError, RecipeError
+from qlora_cli.errors import MachineError, ModelError, RecipeError
 from qlora_cli.model.base import load_config, load_tokenizer, meta_model
 from qlora_cli.model.device import Machine, compute_dtype, find_machine
 from qlora_cli.model.folder import BaseFolder, find_base
@@ -62,6 +62,7 @@ def prepare(loaded: LoadedRecipe, weights: bool, emit: Emit) -> Prepared:
     tokenizer = load_tokenizer(folder)
     emit(Stage(f"reading {recipe.data.train}"))
     data = load_data(recipe.data, tokenizer)
+    _check_vocabulary(data, shape.vocabulary, recipe.model.base)
     ready = Prepared(
         recipe, machine, dtype, folder, tokenizer, data, make_plan(recipe, shape, data, weights_dtype(recipe, dtype))
     )
@@ -73,6 +74,15 @@ def prepare(loaded: LoadedRecipe, weights: bool, emit: Emit) -> Prepared:
 def weights_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
     """Type of unquantised weights: the compute dtype, or float32 where they are trained (with autocast around)."""
     return dtype if recipe.lora is not None else torch.float32
+
+
+def _check_vocabulary(data: TokenData, vocabulary: int, base: str) -> None:
+    largest = max(int(row.ids.max()) for row in (*data.train, *data.held_out))
+    if largest >= vocabulary:
+        raise ModelError(
+            f"{base}: its tokenizer gives token {largest}, but the model has only {vocabulary} embeddings",
+            fix="check that the tokenizer's files belong to this model",
+        )
 
 
 def _check_offload(recipe: Recipe, machine: Machine) -> None:

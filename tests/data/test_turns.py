@@ -142,3 +142,19 @@ def test_a_system_message_leads_the_alpaca_template() -> None:
     turns = ChatTurns(tokenizer)
     ids = turns.prompt((Message("system", "s"), Message("user", "q")))
     assert tokenizer.decode(ids) == "<s>s\n\n### Instruction:\nq\n\n### Response:\n"
+
+
+def test_an_end_of_turn_before_an_eos_behind_the_whole_conversation_ends_the_turn() -> None:
+    """Phi-3's shape: each turn ends in its own token, and the whole text in EOS."""
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<|user|>{% endfor %}"
+        "{% if add_generation_prompt %}a:{% else %}</s>{% endif %}"
+    )
+    tokenizer = make_tokenizer(template)
+    turns = ChatTurns(tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|user|>")
+    assert turns.stop_ids == {end, 2}
+    talk = [Message("user", "q"), Message("assistant", "x"), Message("user", "r"), Message("assistant", "y")]
+    first, second = turns.through(talk[:2]), turns.through(talk)
+    assert first[-1] == second[-1] == end
+    assert second[: len(first)] == first

@@ -100,17 +100,34 @@ def quantised(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
 
 
+def config_with(**values: Any) -> Change:
+    def write(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return write
+
+
+def index_holding(weight_map: Any) -> Change:
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 FOLDERS: list[tuple[Change, str, str]] = [
     (only_pickles, "has its weights as pickles only (pytorch_model.bin)", "save_pretrained"),
     (without_weights, "has no *.safetensors", "folder that holds the weights"),
     (without_config, "has no config.json", "folder that holds config.json"),
     (broken_config, "cannot be read as JSON", "again"),
-    (unknown_architecture, "not known to the installed transformers", "code that comes with a model repository"),
+    (unknown_architecture, "not one that the installed transformers knows", "code that comes with a model repository"),
     (without_tokenizer, "its tokenizer cannot be loaded", "tokenizer.json"),
     (index_naming("../evil.safetensors"), "names a file outside of its folder: ../evil.safetensors", "trust"),
     (index_naming("/evil.safetensors"), "names a file outside of its folder: /evil.safetensors", "trust"),
     (index_naming("sub/evil.safetensors"), "names a file outside of its folder: sub/evil.safetensors", "trust"),
     (index_naming("model-1.safetensors"), "1 weight files are missing: model-1.safetensors", "download it again"),
+    (index_holding([]), "has no `weight_map` of file names", "download it again"),
+    (index_holding({"a": 5}), "has no `weight_map` of file names", "download it again"),
+    (config_with(hidden_size="x"), "not one that the installed transformers knows", "transformers"),
+    (config_with(num_attention_heads=0), "not one that the installed transformers knows", "choose another base"),
+    (config_with(vocab_size=200), "but the model has only 200 embeddings", "tokenizer's files"),
     (quantised, "is already quantised (gptq)", "original 16-bit model"),
 ]
 
@@ -137,3 +154,20 @@ def test_weights_that_are_cut_off_are_refused_and_the_run_directory_stays_usable
     assert (error.count("error: "), "Traceback" in error) == (1, False)
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     assert main(arguments) == 0
+
+
+def test_a_model_that_does_not_generate_text_is_refused(refuse: Refuse, broken: Path) -> None:
+    (broken / "config.json").write_text('{"model_type": "t5"}')
+    assert "a model of type t5 cannot be built for text generation" in refuse(5, *set_base(broken))
+
+
+def test_a_name_too_long_for_a_folder_is_no_bug(refuse: Refuse) -> None:
+    assert "no such folder" in refuse(5, *set_base("x" * 300))
+
+
+def test_weights_of_other_shapes_than_the_config_names_are_refused(
+    broken: Path, recipe_file: Callable[..., Path]
+) -> None:
+    config_with(intermediate_size=64)(broken)
+    run = broken.parent / "other-shapes"
+    assert main(["train", str(recipe_file()), *set_base(broken), "-o", str(run)]) == 5
