@@ -26,7 +26,7 @@ class ModelSection(Section):
     """The base model."""
 
     base: Name = Field(description="Base model: a folder (config.json, *.safetensors, tokenizer) or a Hub id.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
+    revision: Name | None = Field(None, description="Branch, tag or commit of a Hub model.")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="Attention implementation; `auto` lets the model choose the best one present."
     )
@@ -77,7 +77,7 @@ class DataSection(Section):
 
     train: Name = Field(description="Training rows: a local .jsonl file or the Hub id of a dataset.")
     split: Name = Field("train", description="Split of a Hub dataset to train on.")
-    eval: str | None = Field(
+    eval: Name | None = Field(
         None, description="Held-out rows: a local .jsonl file, or a Hub id with its split: ID:SPLIT."
     )
     eval_split: PositiveInt | Share | None = Field(
@@ -173,4 +173,4 @@ class Recipe(Section):
     eval: EvalSection = Field(default_factory=EvalSection, description="Evaluation during training.")
     save: SaveSection = Field(default_factory=SaveSection, description="Checkpoints.")
     log: LogSection = Field(default_factory=LogSection, description="The log.")
-    output: str | None = Field(None, description="Run directory; default out/RECIPE-NAME; `-o` wins over both.")
+    output: Name | None = Field(None, description="Run directory; default out/RECIPE-NAME; `-o` wins over both.")

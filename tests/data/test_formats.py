@@ -8,6 +8,7 @@ import pytest
 
 from qlora_cli.data.conversation import Conversation, Message
 from qlora_cli.data.formats import FORMATS, RowError, fitting, renamed
+from qlora_cli.recipe.rules import FIELDS
 from qlora_cli.recipe.schema import DataSection
 
 ASK, SAY = Message("user", "q"), Message("assistant", "a")
@@ -115,3 +116,12 @@ def test_a_column_that_a_row_lacks_leaves_its_field_missing() -> None:
 def test_without_columns_a_row_is_left_as_it_is() -> None:
     row = {"text": "a"}
     assert renamed(row, {}) is row
+
+
+def test_schema_rules_and_formats_know_the_same_formats_and_fields() -> None:
+    assert set(get_args(DataSection.model_fields["format"].annotation)) == set(FORMATS) == set(FIELDS)
+    assert len(FORMATS) == 4
+    for name, shape in FORMATS.items():
+        optional = set(FIELDS[name]) - set(shape.fields)
+        assert set(shape.fields) <= set(FIELDS[name])
+        assert optional == ({"input"} if name == "alpaca" else set())
