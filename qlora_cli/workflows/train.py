@@ -74,13 +74,21 @@ def run_train(loaded: LoadedRecipe, output: Path | None, emit: Emit) -> TrainRes
     path = run_directory(loaded, output)
     if local_rank() == 0:
         check_unused(path)
-    ready = prepare(loaded, weights=True, emit=emit)
+    early: list[Event] = []  # told before there is a log to write them to
+
+    def tell(event: Event) -> None:
+        early.append(event)
+        emit(event)
+
+    ready = prepare(loaded, weights=True, emit=tell)
     mixed = ready.dtype if ready.recipe.lora is None and ready.dtype != torch.float32 else None
     ranks = Ranks(ready.machine.device, mixed)
     if ranks.is_main:
         check_space(path, ready.plan.disk_bytes)
     ranks.wait()
     directory = RunDirectory(path, ready.plan.steps, ranks.is_main)
+    for event in early:
+        directory.log(event.line())
     with _recorded(directory):
         return _Run(loaded, ready, ranks, directory, emit).train()
 
@@ -149,8 +157,6 @@ class _Run:
         directory.json("plan.json", ready.plan.as_json())
         if self.ranks.is_main:
             directory.json("lock.json", lock(ready))
-            for fact in (f"run {directory.path}", *ready.data.receipt.lines()):
-                directory.log(fact)
 
     def _load(self) -> tuple[Any, Trained]:
         ready, recipe = self.ready, self.recipe
