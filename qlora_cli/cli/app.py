@@ -6,7 +6,9 @@ code, and `--help` or a refused recipe never waits for torch.
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated, Optional
 
@@ -139,6 +141,7 @@ def chat(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
+    _end_on_signals()
     try:
         app(args=list(argv) if argv is not None else None, prog_name="qlora")
     except SystemExit as end:
@@ -148,8 +151,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         show_error(error)
         return error.exit_code
-    except BrokenPipeError:  # whoever read our output has gone
-        return 0
     except Exception as error:
         from qlora_cli.cli.console import show_bug
 
@@ -158,9 +159,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _end_on_signals() -> None:
+    """A request to end, or a terminal that closes, ends the program as Ctrl-C does: with its state written."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), end)
+
+
 def _code(end: SystemExit) -> int:
     code = end.code if isinstance(end.code, int) else 0
-    if code == 130:
+    if code > 128:
         from qlora_cli.cli.console import show_interrupt
 
         show_interrupt()

@@ -6,6 +6,7 @@ than the first print nothing; without a terminal there is no carriage return and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from qlora_cli.errors import DeviceMemoryError, QloraError
+from qlora_cli.errors import DeviceMemoryError, DiskError, QloraError
 
 
 class Event(Protocol):
@@ -76,21 +77,26 @@ class Console:
         if self._json:
             _print_json(value)
         else:
-            print(text, flush=True)
+            _to_stdout(f"{text}\n")
 
     def answer(self, pieces: Iterable[str]) -> None:
         """A streamed answer, on stdout."""
         for piece in pieces:
-            print(piece, end="", flush=True)
-        print(flush=True)
+            _to_stdout(piece)
+        _to_stdout("\n")
 
     def turns(self) -> Iterator[str]:
         """The user's turns from stdin, until its end. The prompt goes to stderr, and only to a terminal."""
+        typed = sys.stdin.isatty()
+        if typed:
+            print("Ctrl-D ends the conversation.", file=sys.stderr)
         while True:
-            if sys.stdin.isatty():
+            if typed:
                 print("> ", end="", file=sys.stderr, flush=True)
             line = sys.stdin.readline()
             if not line:
+                if typed:
+                    print(file=sys.stderr)
                 return
             if line.strip():
                 yield line.rstrip("\n")
@@ -105,7 +111,7 @@ class _LiveLine:
 
         self._console = RichConsole(stderr=True, highlight=False)
         columns = (BarColumn(bar_width=16), TextColumn("{task.description}", markup=False))
-        self._progress = Progress(*columns, console=self._console, transient=True)
+        self._progress = Progress(*columns, console=self._console)
         self._task: Any = None
 
     def update(self, line: str, step: int, total: int) -> None:
@@ -123,13 +129,24 @@ class _LiveLine:
 
 
 def _print_json(value: Mapping[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    _to_stdout(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def _to_stdout(text: str) -> None:
+    """Raises `DiskError` when nobody reads there any more, or the file behind it is full."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            sys.stdout.close()  # or Python would fail once more at its exit
+        fix = "results that were saved are where train.log says; use -o DIR and read the files there"
+        raise DiskError(f"cannot write to stdout: {error.strerror}", fix=fix) from error
 
 
 def show_error(error: QloraError) -> None:
     """All problems of an error on stderr. A mistake is the same in every process, so the first one tells it; memory
-    may run out in any."""
-    if is_main_process() or isinstance(error, DeviceMemoryError):
+    may run out in any, and a file may lack on one machine only."""
+    if is_main_process() or os.environ.get("LOCAL_RANK") == "0" or isinstance(error, DeviceMemoryError):
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr, flush=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from qlora_cli.data.encode import Encoded
 
+WIDTH_MULTIPLE = 32
+"""Micro-batches are padded to a multiple of this, so that few shapes occur: on a CPU each costs a compiled kernel that
+stays in memory, on CUDA a block in the allocator's cache."""
 MEGABATCH = 50
 """Batches that are sorted by length together: shuffled order over the epoch, similar lengths within a batch."""
 
@@ -36,7 +40,7 @@ def shuffled(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     return np.argsort(mixed, kind="stable").astype(np.int64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Order:
     """The order of `lengths` over the whole run: rows follow each other epoch after epoch, `batch_size` a step."""
 
@@ -56,6 +60,7 @@ class Order:
         epochs = {epoch: self._epoch(epoch) for epoch in range(first // count, (last - 1) // count + 1)}
         return [int(epochs[position // count][position % count]) for position in range(first, last)]
 
+    @lru_cache(maxsize=2)  # noqa: B019 - an order lives as long as its run
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         order = shuffled(self.seed, epoch, len(self.lengths))
         return self._grouped(order, epoch) if self.group_by_length else order
@@ -85,36 +90,31 @@ class MicroBatch:
     ids: Tensor
     attention: Tensor
     targets: Tensor
-    where: tuple[str, ...]
 
     @property
     def labels(self) -> Tensor:
         """[N] the ids to predict, in the order of `targets`' True positions."""
         return torch.roll(self.ids, -1, dims=1)[self.targets]
 
-    @property
-    def target_count(self) -> int:
-        """Tokens that carry loss."""
-        return int(self.targets.sum())
-
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`."""
-        return MicroBatch(self.ids.to(device), self.attention.to(device), self.targets.to(device), self.where)
+        return MicroBatch(self.ids.to(device), self.attention.to(device), self.targets.to(device))
 
 
-def collate(rows: Sequence[Encoded], pad_id: int) -> MicroBatch:
-    """Rows as one padded micro-batch."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+def collate(rows: Sequence[Encoded], multiple: int = 1) -> MicroBatch:
+    """Rows as one padded micro-batch whose width is a multiple of `multiple`."""
+    width = -(-max(len(row) for row in rows) // multiple) * multiple
+    ids = torch.zeros((len(rows), width), dtype=torch.int64)
     attention, targets = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.from_numpy(row.ids.astype(np.int64))
         attention[i, : len(row)] = 1
         targets[i, : len(row) - 1] = torch.from_numpy(row.loss[1:])
-    return MicroBatch(ids, attention, targets, tuple(row.where for row in rows))
+    return MicroBatch(ids, attention, targets)
 
 
-def micro_batches(rows: Sequence[Encoded], size: int, pad_id: int) -> list[MicroBatch]:
-    """Rows of one step, longest first (rows of a step are summed, so their order is free, and equals pad less)."""
+def micro_batches(rows: Sequence[Encoded], size: int) -> list[Sequence[Encoded]]:
+    """Rows of one step, `size` at a time, longest first: rows of a step are summed, so their order is free, equals pad
+    less, and memory runs out early or never."""
     ordered = sorted(rows, key=len, reverse=True)
-    return [collate(ordered[i : i + size], pad_id) for i in range(0, len(ordered), size)]
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_cli.data.conversation import Conversation
 from qlora_cli.data.encode import Encoded, encode, shorten
 from qlora_cli.data.formats import FORMATS, RowError, fitting, renamed
 from qlora_cli.data.receipt import DataReceipt, SourceReceipt, SplitReceipt, Tally
-from qlora_cli.data.sources import SourceRow, raise_all, read_rows
+from qlora_cli.data.sources import SourceRow, is_local, raise_all, read_rows
 from qlora_cli.data.turns import TurnEncoder, turn_encoder
 from qlora_cli.errors import DataError, Problem
 from qlora_cli.recipe.schema import DataSection
@@ -38,13 +39,19 @@ class _Encoder:
     data: DataSection
     turns: TurnEncoder
 
-    def row(self, row: SourceRow, tally: Tally) -> list[Encoded]:
+    def conversation(self, row: SourceRow) -> Conversation:
+        """What the row says. Raises `RowError`."""
+        return FORMATS[self.data.format].build(renamed(row.values, self.data.columns))
+
+    def sequences(self, conversation: Conversation, where: str, tally: Tally) -> list[Encoded]:
         """The row's sequences that fit. The row counts once: as kept, as kept but cut, or as dropped (nothing of it is
         left). Raises `RowError`."""
-        conversation = FORMATS[self.data.format].build(renamed(row.values, self.data.columns))
         if conversation.messages[-1].role != "assistant":
             tally.trailing_turns += 1
-        sequences = encode(conversation, self.turns, self.data.loss_on, row.where)
+        if any(not conversation.messages[turn].content.strip() for turn in conversation.assistant_turns()):
+            tally.dropped["an answer is empty"] += 1
+            return []
+        sequences = encode(conversation, self.turns, self.data.loss_on, where)
         fitted = [self._fit(sequence) for sequence in sequences]
         kept = [sequence for sequence in fitted if sequence.targets]
         cut = sum(map(len, fitted)) < sum(map(len, sequences))
@@ -70,21 +77,54 @@ class _Encoder:
         return f"longer than {limit}" if self.data.too_long == "drop" else f"no answer within {limit}"
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A source's rows, encoded: sequences, counts, and a hash of what each row says by the row's place."""
+
+    encoded: list[Encoded]
+    tally: Tally
+    keys: dict[str, str]
+
+    def split(self, wanted: int | float | None) -> tuple[list[Encoded], list[Encoded]]:
+        """(sequences to train on, sequences held out)."""
+        chosen = _held_out(self.keys, wanted, self.tally.source)
+        train = [sequence for sequence in self.encoded if sequence.where not in chosen]
+        return train, [sequence for sequence in self.encoded if sequence.where in chosen]
+
+    @property
+    def digest(self) -> str:
+        """A hash of the rows' content, whatever their order."""
+        return hashlib.sha256("".join(sorted(self.keys.values())).encode()).hexdigest()
+
+    def receipt(self, kept: Sequence[Encoded], held_out: Sequence[Encoded], overlap: int = 0) -> SourceReceipt:
+        """What became of the rows."""
+        return SourceReceipt(
+            source=self.tally.source,
+            sha256=self.digest,
+            read=self.tally.read,
+            kept=_rows(kept),
+            held_out=_rows(held_out),
+            also_trained_on=overlap,
+            truncated=self.tally.truncated,
+            trailing_turns=self.tally.trailing_turns,
+            dropped=dict(self.tally.dropped),
+        )
+
+
 def load_data(data: DataSection, tokenizer: Any) -> TokenData:
     """Reads and encodes everything the recipe names. Raises `DataError` where nothing is left to train on."""
     encoder = _Encoder(data, turn_encoder(tokenizer, data.template, data.format))
-    rows = read_rows(data.train, data.split)
-    encoded, tally = _encode_all(encoder, data.train, rows)
-    chosen = _held_out(rows, data.eval_split)
-    train = [sequence for sequence in encoded if sequence.where not in chosen]
-    held = [sequence for sequence in encoded if sequence.where in chosen]
-    sources = [_source_receipt(rows, tally, train, held)]
+    source = _encode_all(encoder, data.train, read_rows(data.train, data.split))
+    train, held = source.split(data.eval_split)
+    receipts = [source.receipt(train, held)]
     if data.eval is not None:
-        held, receipt = _eval_source(encoder, data.eval)
-        sources.append(receipt)
-    _check(data, train, held, len(rows))
-    receipt_ = DataReceipt(tuple(sources), _split(train), _split(held))
-    return TokenData(tuple(train), tuple(held), receipt_, encoder.turns.stop_ids)
+        other = _eval_source(encoder, data.eval)
+        held = other.encoded
+        trained = set(source.keys.values())
+        receipts.append(other.receipt([], held, sum(key in trained for key in other.keys.values())))
+    _check(data, train, held, source.tally.read)
+    receipt = DataReceipt(tuple(receipts), _split(train), _split(held))
+    return TokenData(tuple(train), tuple(held), receipt, encoder.turns.stop_ids)
 
 
 def load_held_out(data: DataSection, tokenizer: Any) -> tuple[tuple[Encoded, ...], dict[str, str]]:
@@ -98,80 +138,64 @@ def load_held_out(data: DataSection, tokenizer: Any) -> tuple[tuple[Encoded, ...
         )
     encoder = _Encoder(data, turn_encoder(tokenizer, data.template, data.format))
     if data.eval is not None:
-        held, receipt = _eval_source(encoder, data.eval)
-        source, digest = data.eval, receipt.sha256
+        source = _eval_source(encoder, data.eval)
+        held = source.encoded
     else:
-        rows = read_rows(data.train, data.split)
-        chosen = _held_out(rows, data.eval_split)
-        held, _ = _encode_all(encoder, data.train, [row for row in rows if row.where in chosen])
-        source, digest = data.train, _digest(rows)
+        source = _encode_all(encoder, data.train, read_rows(data.train, data.split))
+        held = source.split(data.eval_split)[1]
     _check_held(held)
-    return tuple(held), {source: digest}
+    return tuple(held), {source.tally.source: source.digest}
 
 
-def _eval_source(encoder: _Encoder, source: str) -> tuple[list[Encoded], SourceReceipt]:
-    name, _, split = source.partition(":") if not source.endswith(".jsonl") else (source, "", "")
-    rows = read_rows(name, split or "train")
-    held, tally = _encode_all(encoder, source, rows)
-    return held, _source_receipt(rows, tally, [], held)
+def _eval_source(encoder: _Encoder, source: str) -> _Source:
+    name, _, split = source.partition(":") if not is_local(source) else (source, "", "")
+    return _encode_all(encoder, source, read_rows(name, split or "train"))
 
 
-def _encode_all(encoder: _Encoder, source: str, rows: Sequence[SourceRow]) -> tuple[list[Encoded], Tally]:
-    tally, encoded, problems = Tally(source), list[Encoded](), list[Problem]()
+def _encode_all(encoder: _Encoder, source: str, rows: Sequence[SourceRow]) -> _Source:
+    read, problems = _Source([], Tally(source), {}), list[Problem]()
     for row in rows:
-        tally.read += 1
+        read.tally.read += 1
         try:
-            encoded += encoder.row(row, tally)
+            conversation = encoder.conversation(row)
+            read.keys[row.where] = _key(conversation)
+            read.encoded.extend(encoder.sequences(conversation, row.where, read.tally))
         except RowError as error:
-            problems.append(Problem(str(error), fix=_other_format(row, encoder.data), where=row.where))
+            problems.append(Problem(str(error), fix=_other_format(row, encoder.data) or error.fix, where=row.where))
     raise_all(problems)
-    return encoded, tally
+    return read
 
 
 def _other_format(row: SourceRow, data: DataSection) -> str:
-    names = [name for name in fitting(renamed(row.values, data.columns)) if name != data.format]
-    if names:
-        return f"the row looks like data.format: {' or '.join(names)}"
-    return "mend the row, or map its columns with data.columns"
+    """What to set where the row has the fields of other formats than the recipe's; empty where it has not."""
+    names = fitting(row.values)
+    return f"the row looks like data.format: {' or '.join(names)}" if names and data.format not in names else ""
 
 
-def _key(row: SourceRow) -> str:
-    return hashlib.sha256(json.dumps(row.values, sort_keys=True, default=str).encode()).hexdigest()
+def _key(conversation: Conversation) -> str:
+    said = [(message.role, message.content) for message in conversation.messages]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
-def _digest(rows: Sequence[SourceRow]) -> str:
-    """A hash of the rows' content, whatever their order."""
-    return hashlib.sha256("".join(sorted(_key(row) for row in rows)).encode()).hexdigest()
-
-
-def _held_out(rows: Sequence[SourceRow], wanted: int | float | None) -> frozenset[str]:
+def _held_out(keys: Mapping[str, str], wanted: int | float | None, source: str) -> frozenset[str]:
     """Places of the rows held out: those with the smallest content hashes, so that the choice does not depend on the
-    order of the rows and equal rows stay together. A share below 1 takes hashes below that share of their range."""
+    order of the rows and equal rows stay together. A count is of distinct rows; a share takes the hashes below that
+    share of their range (at least one)."""
     if wanted is None:
         return frozenset()
-    keys = {row.where: _key(row) for row in rows}
     ordered = sorted(set(keys.values()))
     if isinstance(wanted, int):
-        limit = ordered[min(wanted, len(ordered)) - 1]
+        if wanted >= len(ordered):
+            raise DataError(
+                f"data.eval_split is {wanted}, but {source} has only {len(ordered)} distinct rows",
+                why="no row would be left to train on",
+                fix="lower data.eval_split, or name held-out rows in data.eval",
+            )
+        limit = ordered[wanted - 1]
     else:
         below = [key for key in ordered if int(key[:13], 16) < wanted * 16**13]
         limit = below[-1] if below else ordered[0]
     return frozenset(where for where, key in keys.items() if key <= limit)
-
-
-def _source_receipt(
-    rows: Sequence[SourceRow], tally: Tally, kept: Sequence[Encoded], held_out: Sequence[Encoded]
-) -> SourceReceipt:
-    return SourceReceipt(
-        source=tally.source,
-        sha256=_digest(rows),
-        read=tally.read,
-        kept=_rows(kept),
-        held_out=_rows(held_out),
-        truncated=tally.truncated,
-        trailing_turns=tally.trailing_turns,
-        dropped=dict(tally.dropped),
-    )
 
 
 def _rows(encoded: Sequence[Encoded]) -> int:

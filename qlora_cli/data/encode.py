@@ -43,8 +43,8 @@ def encode(conversation: Conversation, turns: TurnEncoder, loss_on: LossOn, wher
     """
     rows: list[tuple[list[int], list[bool]]] = []
     for position in conversation.assistant_turns():
-        ids = turns.through(conversation.messages[: position + 1])
-        answer_from = len(turns.prompt(conversation.messages[:position])) if position else _start(turns, ids)
+        before, answer = turns.turn(conversation.messages[: position + 1])
+        ids, answer_from = before + answer, len(before)
         previous = rows[-1] if rows else ([], [])
         if rows and ids[: len(previous[0])] == previous[0]:
             rows.pop()
@@ -54,12 +54,6 @@ def encode(conversation: Conversation, turns: TurnEncoder, loss_on: LossOn, wher
         mask = history + [False] * (answer_from - len(history)) + [True] * (len(ids) - answer_from)
         rows.append((ids, mask))
     return _apply(loss_on, [Encoded(np.array(i, np.int32), np.array(m, np.bool_), where) for i, m in rows])
-
-
-def _start(turns: TurnEncoder, ids: list[int]) -> int:
-    """Where the first turn's answer begins when nothing precedes it: after BOS, if there is one."""
-    start = turns.prompt(())
-    return len(start) if ids[: len(start)] == start else 0
 
 
 def _apply(loss_on: LossOn, rows: list[Encoded]) -> list[Encoded]:

@@ -17,12 +17,22 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 
 class RowError(Exception):
-    """A row that does not have its format's shape; the message names field and reason."""
+    """A row that does not have its format's shape; the message names field and reason, `fix` what to do."""
+
+    def __init__(self, what: str, fix: str = "mend the row") -> None:
+        super().__init__(what)
+        self.fix = fix
+
+
+def _missing(row: Row, field: str) -> RowError:
+    has = ", ".join(f"`{name}`" for name in sorted(row)) or "no fields"
+    fix = "name the column that holds it in data.columns, or set data.format"
+    return RowError(f"field `{field}` is missing (the row has: {has})", fix)
 
 
 def _text(row: Row, field: str) -> str:
     if field not in row:
-        raise RowError(f"field `{field}` is missing (the row has: {', '.join(sorted(row)) or 'no fields'})")
+        raise _missing(row, field)
     if not isinstance(row[field], str):
         raise RowError(f"field `{field}` must be text, but is {_kind(row[field])}")
     return _unicode(row[field], f"field `{field}`")
@@ -47,8 +57,10 @@ def _message(item: Any, position: int) -> Message:
     if not isinstance(item, Mapping):
         raise RowError(f"{where} must be an object with `role` and `content`, but is {_kind(item)}")
     for key in ("role", "content"):
-        if not isinstance(item.get(key), str):
-            raise RowError(f"{where}.{key} must be text, but is {_kind(item.get(key))}")
+        if key not in item:
+            raise RowError(f"{where}.{key} is missing (it has: {', '.join(sorted(item)) or 'nothing'})")
+        if not isinstance(item[key], str):
+            raise RowError(f"{where}.{key} must be text, but is {_kind(item[key])}")
     if item["role"] not in ROLES:
         raise RowError(f"{where}.role is `{item['role']}`; known roles are {', '.join(ROLES)}")
     return Message(item["role"], _unicode(item["content"], f"{where}.content"))
@@ -57,7 +69,7 @@ def _message(item: Any, position: int) -> Message:
 def messages(row: Row) -> Conversation:
     """`{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}`."""
     if "messages" not in row:
-        raise RowError(f"field `messages` is missing (the row has: {', '.join(sorted(row)) or 'no fields'})")
+        raise _missing(row, "messages")
     turns = row["messages"]
     if not isinstance(turns, list) or not turns:
         raise RowError(f"field `messages` must be a list of messages, but is {_kind(turns) if turns else 'empty'}")
@@ -106,8 +118,13 @@ def fitting(row: Row) -> tuple[str, ...]:
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row under the format's field names, where the recipe says that its columns are called otherwise."""
+    """The row under the format's field names, where the recipe says that its columns are called otherwise. A column
+    that no row has would leave the mapping without effect, so it is an error; only alpaca's `input` may be absent."""
     if not columns:
         return row
+    for field, column in columns.items():
+        if column not in row and field != "input":
+            has = ", ".join(f"`{name}`" for name in sorted(row))
+            raise RowError(f"column `{column}` is missing (the row has: {has})", f"mend data.columns.{field}")
     taken = set(columns.values())
     return {**{k: v for k, v in row.items() if k not in taken}, **{f: row[c] for f, c in columns.items() if c in row}}

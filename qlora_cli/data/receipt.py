@@ -15,6 +15,7 @@ import numpy as np
 from qlora_cli.data.encode import Encoded
 
 QUANTILES = (0.0, 0.5, 0.9, 1.0)
+LABELS = {"0%": "shortest", "50%": "median", "90%": "90%", "100%": "longest"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class SourceReceipt:
     read: int
     kept: int
     held_out: int
+    also_trained_on: int
     truncated: int
     trailing_turns: int
     dropped: dict[str, int]
@@ -85,6 +87,7 @@ class DataReceipt:
 def _source_line(source: SourceReceipt) -> str:
     parts = [f"{source.read:,} rows read", f"{source.kept:,} kept"]
     parts += [f"{source.held_out:,} held out"] if source.held_out else []
+    parts += [f"{source.also_trained_on:,} of them ALSO TRAINED ON"] if source.also_trained_on else []
     parts += [f"{count:,} dropped ({why})" for why, count in source.dropped.items()] or ["0 dropped"]
     parts += [f"{source.truncated:,} cut"]
     parts += [f"{source.trailing_turns:,} with unanswered last turns left off"] if source.trailing_turns else []
@@ -93,7 +96,7 @@ def _source_line(source: SourceReceipt) -> str:
 
 def _split_line(name: str, split: SplitReceipt) -> str:
     share = split.supervised_tokens / split.tokens if split.tokens else 0.0
-    lengths = ", ".join(f"{q} {v:,}" for q, v in split.length_quantiles.items())
+    lengths = ", ".join(f"{LABELS[q]} {v:,}" for q, v in split.length_quantiles.items())
     extra = f" as {split.sequences:,} sequences" if split.sequences != split.rows else ""
     tokens = f"{split.tokens:,} tokens, {split.supervised_tokens:,} carry loss ({share:.0%})"
     return f"{name}: {split.rows:,} rows{extra}, {tokens}; lengths {lengths}"

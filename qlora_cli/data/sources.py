@@ -50,6 +50,8 @@ def _read_jsonl(path: Path) -> list[SourceRow]:
     try:
         _check_file(path)
         with path.open("rb") as file:
+            _check_head(path, file.read(4096).lstrip())
+            file.seek(0)
             outcomes = [_parse_line(line, f"{path}:{number}") for number, line in enumerate(file, start=1)]
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}", fix="check its name and permissions") from error
@@ -69,6 +71,18 @@ def _check_file(path: Path) -> None:
             f"{path}: cannot read {path.suffix or 'a file without suffix'}",
             why="rows are read from JSON Lines: one JSON object per line",
             fix="convert it to .jsonl",
+        )
+
+
+def _check_head(path: Path, head: bytes) -> None:
+    """One error for a file that is something else as a whole, rather than one for each of its lines."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path} is UTF-16", fix="save it as UTF-8")
+    if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        raise DataError(
+            f"{path} is one JSON array",
+            why="rows are read from JSON Lines: one JSON object per line",
+            fix=f"jq -c '.[]' {path} > rows.jsonl",
         )
 
 

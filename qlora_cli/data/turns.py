@@ -1,7 +1,7 @@
 """From messages to token ids, in the two ways there are: a chat template, or plain text.
 
-Knows the tokenizer and its template; nothing of loss or files. Invariant: `through(m)` begins with `prompt(m[:-1])`,
-token for token, and ends with an end-of-turn token. What the model is prompted with at inference is what it saw in
+Knows the tokenizer and its template; nothing of loss or files. Invariant: `turn(m)` is `prompt(m[:-1])`, token for
+token, and an answer that ends with an end-of-turn token. What the model is prompted with at inference is what it saw in
 training, and what ends its turn there was a target here.
 """
 
@@ -34,8 +34,8 @@ class TurnEncoder(Protocol):
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of everything that precedes the next assistant turn."""
 
-    def through(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids up to and with the end-of-turn token of the last message, an assistant's."""
+    def turn(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """Token ids of what precedes the last message, an assistant's, and of it with its end-of-turn token."""
 
 
 class PlainTurns:
@@ -62,9 +62,10 @@ class PlainTurns:
             ids += [self._eos] if message.role == "assistant" else []
         return ids
 
-    def through(self, messages: Sequence[Message]) -> list[int]:
-        """See `TurnEncoder.through`."""
-        return self.prompt(messages)
+    def turn(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """See `TurnEncoder.turn`."""
+        before = self.prompt(messages[:-1])
+        return before, self.prompt(messages)[len(before) :]
 
 
 class ChatTurns:
@@ -111,19 +112,19 @@ class ChatTurns:
         """See `TurnEncoder.prompt`."""
         return self._ids(self._render(messages, generation=True)) if messages else []
 
-    def through(self, messages: Sequence[Message]) -> list[int]:
-        """See `TurnEncoder.through`."""
+    def turn(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """See `TurnEncoder.turn`."""
         before, turn = self._split(messages)
         ends = [position for position, token in enumerate(turn) if token == self._end]
         if not ends:
             raise RowError("the chat template did not end this assistant turn with its end-of-turn token")
-        return before + turn[: ends[-1] + 1]
+        return before, turn[: ends[-1] + 1]
 
     def _split(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Ids before the last turn and of it. Where a token would straddle the border, the two are encoded apart,
         since at inference the prompt is encoded alone."""
         whole = self._render(messages, generation=False)
-        head = self._render(messages[:-1], generation=True) if len(messages) > 1 else ""
+        head = self._render(messages[:-1], generation=True) if len(messages) > 1 else _opening(whole, messages[0])
         if not whole.startswith(head):
             raise RowError("the chat template renders the prompt otherwise once the answer is there")
         before, ids = self._ids(head), self._ids(whole)
@@ -138,6 +139,11 @@ class ChatTurns:
             return self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
         except (TemplateError, TypeError, ValueError) as error:  # what a template's own expressions raise
             raise RowError(f"the chat template refuses this conversation: {error}") from error
+
+
+def _opening(whole: str, message: Message) -> str:
+    """What a template puts before the first turn: the text up to its content. (No template renders nothing at all.)"""
+    return whole[: max(0, whole.find(message.content.strip()))]
 
 
 def turn_encoder(tokenizer: Any, template: str, row_format: str) -> TurnEncoder:

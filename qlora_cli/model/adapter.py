@@ -59,7 +59,6 @@ def _target_modules(model: nn.Module, layers: Mapping[str, LoraLinear]) -> list[
     short = sorted({name.rsplit(".", 1)[-1] for name in layers})
     every = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | LoraLinear) and not n.endswith(".base")}
     hit = {name for name in every | set(linear_layers(model)) if name.rsplit(".", 1)[-1] in short}
-    hit = {name for name in hit if not name.endswith(".base")}
     return short if hit == set(layers) else sorted(layers)
 
 

@@ -6,7 +6,6 @@ Knows torch's view of the hardware and nothing of models. Invariant: a `Machine`
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 from dataclasses import dataclass
@@ -21,13 +20,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Machine:
-    """A device and what it can do. `free_bytes` is its free memory when this was asked."""
+    """A device and the types that it computes in, the preferred one among them."""
 
     device: torch.device
     name: str
     computes: tuple[str, ...]
     preferred: str
-    free_bytes: int
 
 
 def find_machine(wanted: str, local_rank: int = 0) -> Machine:
@@ -50,17 +48,15 @@ def _why_no_cuda() -> str:
 
 def _cuda(index: int) -> Machine:
     device = torch.device("cuda", index)
-    free, _ = torch.cuda.mem_get_info(device)
     native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere brought bfloat16
     computes = ("bfloat16", "float16", "float32") if native else ("float16", "float32")
-    return Machine(device, torch.cuda.get_device_name(device), computes, computes[0], free)
+    return Machine(device, torch.cuda.get_device_name(device), computes, computes[0])
 
 
 def _cpu() -> Machine:
     preferred = "bfloat16" if cpu_has_native_bf16() else "float32"
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     threads = torch.get_num_threads()
-    return Machine(torch.device("cpu"), f"CPU ({threads} threads)", ("bfloat16", "float32"), preferred, free)
+    return Machine(torch.device("cpu"), f"CPU ({threads} threads)", ("bfloat16", "float32"), preferred)
 
 
 def compute_dtype(wanted: str, machine: Machine) -> torch.dtype:

@@ -21,6 +21,7 @@ from qlora_cli.hub import hub_reachable
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+LONGEST_HUB_ID = 96 + 1 + 96
 FOLDER_FIX = "or download the model elsewhere and name its folder in model.base"
 
 
@@ -69,7 +70,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _from_hub(name: str, revision: str | None, weights: bool) -> BaseFolder:
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or len(name) > LONGEST_HUB_ID:
         raise ModelError(f"{name}: no such folder", fix="name a folder with config.json and *.safetensors, or a Hub id")
     wanted = [*TEXT_FILES, *(["*.safetensors"] if weights else [])]
     try:
@@ -107,6 +108,10 @@ def _hub_error(name: str, error: Exception) -> QloraError:
 
 
 def _check_config(folder: BaseFolder) -> None:
+    if (folder.path / "adapter_config.json").is_file() or (folder.path / "adapter").is_dir():
+        raise ModelError(
+            f"{folder.name} is an adapter or a run, not a model", fix="name the base that it was trained on"
+        )
     if not (folder.path / "config.json").is_file():
         raise ModelError(f"{folder.name} has no config.json", fix="name the folder that holds config.json")
     read_json(folder.path / "config.json")

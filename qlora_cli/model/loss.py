@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ROUND_TO = 64
+"""Columns are rounded up to a multiple of this, so that few shapes occur: on a CPU each costs a compiled kernel that
+stays in memory, on CUDA a block in the allocator's cache."""
+
 
 def loss_sum(model: Any, ids: Tensor, attention: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
     """Scalar float32: the cross-entropy of `labels` [N], predicted at the N True positions of `targets` [B, T].
@@ -19,6 +23,8 @@ def loss_sum(model: Any, ids: Tensor, attention: Tensor, targets: Tensor, labels
     soft-capping and logit scales are honoured.
     """
     columns = targets.any(dim=0).nonzero().squeeze(1)
-    output = model(input_ids=ids, attention_mask=attention, logits_to_keep=columns, use_cache=False)
-    logits = output.logits[targets[:, columns]].float()
+    count = len(columns)
+    padded = torch.cat([columns, columns[-1:].expand(-count % ROUND_TO)])
+    output = model(input_ids=ids, attention_mask=attention, logits_to_keep=padded, use_cache=False)
+    logits = output.logits[:, :count][targets[:, columns]].float()
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

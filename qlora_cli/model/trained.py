@@ -76,7 +76,11 @@ class TrainedModel:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self._before = self._sums()
         model.requires_grad_(True)
+
+    def _sums(self) -> list[float]:
+        return [float(p.detach().double().sum()) for p in self._model.parameters()]
 
     def parameters(self) -> Sequence[torch.nn.Parameter]:
         """See `Trained`."""
@@ -102,6 +106,10 @@ class TrainedModel:
 
     def _verify(self, folder: Path) -> None:
         read = AutoModelForCausalLM.from_pretrained(folder, dtype=self._model.dtype, use_safetensors=True)
+        if self._sums() == self._before:
+            raise ModelError(
+                "the model has learned nothing: no weight changed", fix="check that train.lr is as you meant"
+            )
         expected, found = self.snapshot(), dict(read.named_parameters())
         wrong = [name for name in expected if name not in found or not torch.equal(expected[name], found[name])]
         if wrong or not all(bool(value.isfinite().all()) for value in expected.values()):

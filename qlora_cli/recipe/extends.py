@@ -126,7 +126,9 @@ _CUT = "remove one `extends:` line and write out the keys it brought"
 
 
 def _merged(links: list[Link]) -> Table | None:
-    tables = [link.parsed.root for link in links if isinstance(link.parsed.root, Table)]
+    """The chain as one table. `output` is not inherited: two recipes would write into one directory."""
+    roots = [link.parsed.root for link in links]
+    tables = [root if i == 0 else without(root, ("output",)) for i, root in enumerate(roots) if isinstance(root, Table)]
     if not tables:
         return None
     merged = tables[-1]

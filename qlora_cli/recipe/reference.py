@@ -18,7 +18,8 @@ _EXTENDS: fields.Schema = {
     "type": "string",
     "minLength": 1,
     "description": "Another recipe to start from: a path relative to this file, or a shipped recipe's name. "
-    "Sections are merged key by key; lists and single values are replaced; null replaces a whole section.",
+    "Sections are merged key by key; lists and single values are replaced; null replaces a whole section; `output` is "
+    "not inherited.",
 }
 _HEAD = """# Recipe reference
 

@@ -173,4 +173,6 @@ class Recipe(Section):
     eval: EvalSection = Field(default_factory=EvalSection, description="Evaluation during training.")
     save: SaveSection = Field(default_factory=SaveSection, description="Checkpoints.")
     log: LogSection = Field(default_factory=LogSection, description="The log.")
-    output: Name | None = Field(None, description="Run directory; default out/RECIPE-NAME; `-o` wins over both.")
+    output: Name | None = Field(
+        None, description="Run directory; default out/RECIPE-NAME; `-o` wins over both. Not inherited by `extends`."
+    )

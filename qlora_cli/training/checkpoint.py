@@ -22,9 +22,13 @@ def save_checkpoint(folder: Path, step: int, trained: Trained, beside: Beside, k
         write_json(staging / "state.json", {"step": step})
 
     trained.save(final, with_state)
-    for old in sorted(folder.glob("step-*"))[:-keep_last]:
+    for old in sorted(folder.glob("step-*"), key=_step)[:-keep_last]:
         _remove(old)
     return final
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _remove(folder: Path) -> None:

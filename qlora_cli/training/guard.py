@@ -15,6 +15,8 @@ import torch
 from qlora_cli.errors import DeviceMemoryError, NonFiniteError
 
 MOST_NAMED = 16
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+"""How torch's CPU allocator, CUDA and cuBLAS say it where torch has no type of its own."""
 
 
 def check_finite(step: int, loss: float, grad_norm: float, rows: Sequence[str]) -> None:
@@ -37,7 +39,7 @@ def memory_guard(doing: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(doing) from error
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+        if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         raise _out_of_memory(doing) from error
 
@@ -46,5 +48,6 @@ def _out_of_memory(doing: str) -> DeviceMemoryError:
     return DeviceMemoryError(
         f"out of memory while {doing}",
         fix="lower train.micro_batch_size or data.max_length, set train.gradient_checkpointing to on or offload, "
-        "or lower lora.r; `qlora train RECIPE --dry-run` shows what takes how much",
+        "or lower eval.batch_size (while evaluating) or lora.r; `qlora train RECIPE --dry-run` shows what takes how "
+        "much",
     )

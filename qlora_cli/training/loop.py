@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qlora_cli.data.batches import MicroBatch, Order, micro_batches
+from qlora_cli.data.batches import WIDTH_MULTIPLE, Order, collate, micro_batches
 from qlora_cli.data.encode import Encoded
 from qlora_cli.model.loss import loss_sum
 from qlora_cli.model.ranks import Ranks
@@ -48,7 +48,6 @@ class Job:
     order: Order
     total_steps: int
     total_rows: int
-    pad_id: int
 
 
 def train_steps(job: Job, train: TrainSection, ranks: Ranks) -> Iterator[StepReport]:
@@ -57,9 +56,10 @@ def train_steps(job: Job, train: TrainSection, ranks: Ranks) -> Iterator[StepRep
     for step in range(job.total_steps):
         started = time.perf_counter()
         rows = [job.rows[i] for i in job.order.step_rows(step, job.total_rows)]
-        batches = micro_batches(rows, train.micro_batch_size, job.pad_id)
+        batches = micro_batches(rows, train.micro_batch_size)
+        targets = sum(row.targets for row in rows)
         with memory_guard(f"training, step {step + 1}"):
-            loss, targets = _accumulate(job, batches, train.seed, step, ranks)
+            loss = _accumulate(job, batches, (train.seed, step), ranks) / targets
             norm = _clip(job.parameters, targets, train.max_grad_norm)
             check_finite(step + 1, loss, norm, [row.where for row in rows])
             lr = lr_at(step, job.total_steps, train)
@@ -68,19 +68,19 @@ def train_steps(job: Job, train: TrainSection, ranks: Ranks) -> Iterator[StepRep
         yield StepReport(step + 1, loss, lr, norm, len(rows), sum(map(len, rows)), targets, seconds)
 
 
-def _accumulate(job: Job, batches: list[MicroBatch], seed: int, step: int, ranks: Ranks) -> tuple[float, int]:
-    """Adds up this step's gradients; returns (mean loss over target tokens, target tokens)."""
+def _accumulate(job: Job, batches: list[Sequence[Encoded]], draw: tuple[int, int], ranks: Ranks) -> float:
+    """Adds up this step's gradients over its micro-batches and all processes; returns the summed loss. `draw` is
+    (seed, step)."""
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for index, batch in ranks.mine(batches):
-        torch.manual_seed(draw_seed(seed, step, index))
-        moved = batch.to(ranks.device)
+    for index, rows in ranks.mine(batches):
+        torch.manual_seed(draw_seed(*draw, index))
+        moved = collate(rows, WIDTH_MULTIPLE).to(ranks.device)
         with ranks.autocast():
             loss = loss_sum(job.model, moved.ids, moved.attention, moved.targets, moved.labels)
         loss.backward()
         total += loss.detach()
     ranks.sum_gradients(job.parameters)
-    targets = sum(batch.target_count for batch in batches)
-    return float(ranks.sum(total)) / targets, targets
+    return float(ranks.sum(total))
 
 
 def draw_seed(seed: int, step: int, index: int) -> int:

@@ -34,5 +34,6 @@ class MetricsFile:
         """One line: `{"kind": kind, **values}`."""
         if self._file and self._path:
             with disk_errors(self._path):
+                values = {key: value for key, value in values.items() if key != "event"}
                 self._file.write(json.dumps({"kind": kind, **values}) + "\n")
                 self._file.flush()

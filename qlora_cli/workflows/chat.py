@@ -6,7 +6,9 @@ where a training row's answer ended.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qlora_cli.data.conversation import Message
@@ -43,7 +45,10 @@ class Talk:
         """Text, each piece once it can no longer change (a character may take several tokens)."""
         ids: list[int] = []
         shown = ""
-        for token in stream(self._loaded.model, self._prompt(messages), self._turns.stop_ids, decoding):
+        prompt = self._prompt(messages)
+        room = self._room(len(prompt))
+        limited = replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
+        for token in stream(self._loaded.model, prompt, self._turns.stop_ids, limited):
             ids.append(token)
             text = self._text(ids)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -56,6 +61,16 @@ class Talk:
         encoded = [self._prompt([Message("user", prompt)]) for prompt in prompts]
         answers = complete_all(self._loaded.model, encoded, self._turns.stop_ids, max_new_tokens)
         return [self._text(ids) for ids in answers]
+
+    def _room(self, used: int) -> int:
+        """Positions left for an answer."""
+        positions = getattr(self._loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and used >= positions:
+            raise DataError(
+                f"the conversation has {used:,} tokens, and the model was trained for {positions:,} positions",
+                fix="start a new conversation",
+            )
+        return positions - used if positions is not None else sys.maxsize
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
         try:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.data.dataset import load_held_out
+from qlora_cli.errors import ModelError
 from qlora_cli.evaluation.perplexity import EvalResult, evaluate
 from qlora_cli.model.ranks import Ranks
 from qlora_cli.recipe.load import load_recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.training.guard import memory_guard
 from qlora_cli.workflows.events import Emit, Stage, eval_json
-from qlora_cli.workflows.locate import Found, find, load_model, tell_changes
+from qlora_cli.workflows.locate import Found, find, is_model, load_model, tell_changes, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -42,26 +44,32 @@ def run_eval(target: str, adapter: Path | None, emit: Emit) -> EvalOutcome:
     """Evaluates a run's adapter, or a recipe's base (with `adapter`, when given). Data and base are read anew."""
     found = _find(target, adapter)
     recipe = found.recipe
+    rows, sources = load_held_out(recipe.data, tokenizer_of(found))
+    if found.adapter is not None:
+        tell_changes("data", sources, found.adapter, emit)
     emit(Stage(f"loading {recipe.model.base}"))
     with memory_guard("loading the base model"):
         loaded = load_model(found, emit)
-    rows, sources = load_held_out(recipe.data, loaded.tokenizer)
-    if found.adapter is not None:
-        tell_changes("data", sources, found.adapter, emit)
     emit(Stage(f"evaluating on {len(rows):,} held-out rows"))
     with memory_guard("evaluating"):
-        pad = loaded.tokenizer.pad_token_id or 0
-        result = evaluate(loaded.model, rows, recipe.eval.batch_size, pad, Ranks(loaded.device))
+        result = evaluate(loaded.model, rows, recipe.eval.batch_size, Ranks(loaded.device))
     return EvalOutcome(recipe.model.base, found.adapter, recipe.data.eval or recipe.data.train, result)
 
 
 def _find(target: str, adapter: Path | None) -> Found:
-    """A run's own recipe; or a recipe file's rows, on the base and template of `adapter` where one is given."""
-    if Path(target).is_dir():
-        return find(target, None) if adapter is None else find(None, adapter)
-    recipe = load_recipe(target).recipe
+    """A run's own recipe, or a recipe file; with `adapter`, its rows on the base and template of that."""
+    path = Path(target)
+    if path.is_dir() and is_model(path) and adapter is None:
+        raise ModelError(
+            f"{target} is a model", why="eval takes rows from a run or a recipe", fix="name a run directory or a recipe"
+        )
     if adapter is None:
-        return Found(recipe.model_copy(update={"lora": None}), None)
+        return find(target, None) if path.is_dir() else _base_of(load_recipe(target).recipe)
+    rows = find(target, None).recipe if path.is_dir() else load_recipe(target).recipe
     trained = find(None, adapter)
-    rows = recipe.data.model_copy(update={"template": trained.recipe.data.template})
-    return Found(trained.recipe.model_copy(update={"data": rows, "eval": recipe.eval}), trained.adapter)
+    data = rows.data.model_copy(update={"template": trained.recipe.data.template})
+    return Found(trained.recipe.model_copy(update={"data": data, "eval": rows.eval}), trained.adapter)
+
+
+def _base_of(recipe: Recipe) -> Found:
+    return Found(recipe.model_copy(update={"lora": None}), None)

@@ -6,6 +6,7 @@ log file and `--json` say the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ class Saved:
 
 def eval_json(result: EvalResult) -> dict[str, Any]:
     """The figures of an evaluation as plain values."""
-    return {**asdict(result), "perplexity": result.perplexity}
+    return {**asdict(result), "perplexity": result.perplexity if math.isfinite(result.perplexity) else None}
 
 
 def duration(seconds: float) -> str:

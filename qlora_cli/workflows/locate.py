@@ -6,6 +6,7 @@ adapter was trained with, read from the recipe saved beside it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,16 @@ def find(target: str | None, adapter: Path | None) -> Found:
         moved = recipe.model.model_copy(update={"base": target, "revision": None}) if target else recipe.model
         return Found(recipe.model_copy(update={"model": moved}), adapter_folder(adapter))
     path = Path(str(target))
-    if not path.is_dir() or (path / "config.json").is_file():
+    if not path.is_dir() or is_model(path):
         return Found(plain_recipe(str(target)), None)
     if (path / "model" / RECIPE_FILE).is_file():
         return Found(_tuned_model(path / "model"), None)
     return Found(recipe_of(adapter_folder(path)), adapter_folder(path))
+
+
+def is_model(path: Path) -> bool:
+    """Whether the folder holds a model rather than a run."""
+    return (path / "config.json").is_file()
 
 
 def _tuned_model(folder: Path) -> Recipe:
@@ -87,13 +93,34 @@ def _tuned_model(folder: Path) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str(folder), "revision": None})})
 
 
-def tell_changes(kind: str, now: dict[str, str], adapter: Path, emit: Emit) -> None:
+def tell_changes(kind: str, now: Mapping[str, str], adapter: Path, emit: Emit) -> None:
     """Says which of the base's files or data sources differ from those that the adapter was trained on."""
-    path = adapter / ORIGIN_FILE
-    then = read_json(path).get(kind, {}) if path.is_file() else {}
-    changed = sorted(name for name in now if name in then and then[name] != now[name])
-    if changed:
+    then = _origin(adapter).get(kind, {})
+    files = then.keys() | now.keys() if kind == "base" else then.keys() & now.keys()
+    changed = sorted(name for name in files if then.get(name) != now.get(name))
+    if then and changed:
         emit(Notice(f"the {kind} is no longer what {adapter} was trained on: {', '.join(changed)} changed"))
+
+
+def _origin(adapter: Path) -> dict[str, Any]:
+    path = adapter / ORIGIN_FILE
+    origin: dict[str, Any] = read_json(path) if path.is_file() else {}
+    return origin
+
+
+def _base_folder(found: Found) -> BaseFolder:
+    """The base's files. One that was a folder is looked for where it was when the adapter was trained, should the
+    recipe's path lead nowhere from here; it is never taken for a Hub id."""
+    name, revision = found.recipe.model.base, found.recipe.model.revision
+    was = _origin(found.adapter).get("base_folder") if found.adapter else None
+    if was is None or Path(name).expanduser().is_dir():
+        return find_base(name, revision)
+    return find_base(was, None)
+
+
+def tokenizer_of(found: Found) -> Any:
+    """The tokenizer saved beside the adapter, or the base's."""
+    return load_tokenizer(BaseFolder(str(found.adapter), found.adapter, None) if found.adapter else _base_folder(found))
 
 
 def plain_recipe(model: str) -> Recipe:
@@ -107,7 +134,7 @@ def load_model(found: Found, emit: Emit) -> Loaded:
     recipe, adapter = found.recipe, found.adapter
     machine = find_machine(recipe.model.device, local_rank())
     dtype = compute_dtype(recipe.quantization.compute_dtype, machine)
-    folder = find_base(recipe.model.base, recipe.model.revision)
+    folder = _base_folder(found)
     load_config(folder)
     if adapter is not None:
         tell_changes("base", folder.fingerprint(), adapter, emit)
@@ -116,5 +143,4 @@ def load_model(found: Found, emit: Emit) -> Loaded:
         assert recipe.lora is not None, "an adapter's recipe has a lora section"
         tensors = read_adapter(adapter)[1]
         load_into(attach(model, recipe.lora, dtype, seed=0), tensors, adapter)
-    tokenizer = load_tokenizer(BaseFolder(str(adapter), adapter, None) if adapter else folder)
-    return Loaded(model.eval(), tokenizer, recipe, machine.device)
+    return Loaded(model.eval(), tokenizer_of(found), recipe, machine.device)

@@ -1,11 +1,12 @@
 """What decided a run's result: content hashes, revisions, versions, device, seed.
 
-Sees a prepared run. Invariant: it names content, never places or secrets.
+Sees a prepared run. Invariant: it identifies content by hashes and holds no secret.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 from typing import Any
 
@@ -28,4 +29,5 @@ def lock(ready: Prepared) -> dict[str, Any]:
         "device": ready.machine.name,
         "compute_dtype": str(ready.dtype).removeprefix("torch."),
         "seed": ready.recipe.train.seed,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }

@@ -137,6 +137,7 @@ def _memory(recipe: Recipe, shape: Shape, longest: int, dtype: torch.dtype) -> d
     per_constant = 1 + 4 / 256 if quant.double_quant else 4
     stored = width if recipe.lora and recipe.lora.dtype == "compute" else 4
     other = 0 if recipe.lora is None else (shape.parameters - shape.four_bit) * width
+    evaluated = recipe.eval.batch_size if recipe.data.eval or recipe.data.eval_split else 0
     tokens = train.micro_batch_size * longest
     inside = tokens * (14 * shape.hidden + 4 * shape.intermediate) * width
     recomputed = train.gradient_checkpointing != "off"
@@ -148,5 +149,5 @@ def _memory(recipe: Recipe, shape: Shape, longest: int, dtype: torch.dtype) -> d
         "gradients": shape.trainable * stored,
         "optimizer": round(shape.trainable * STATE_BYTES[train.optimizer]),
         "activations": inside + shape.layers * tokens * shape.hidden * width if recomputed else shape.layers * inside,
-        "logits": tokens * shape.vocabulary * (width + 8),
+        "logits": max(tokens, evaluated * longest) * shape.vocabulary * (width + 8),
     }

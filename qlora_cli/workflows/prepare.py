@@ -16,7 +16,7 @@ from qlora_cli.errors import MachineError, ModelError, RecipeError
 from qlora_cli.model.base import load_config, load_tokenizer, meta_model
 from qlora_cli.model.device import Machine, compute_dtype, find_machine
 from qlora_cli.model.folder import BaseFolder, find_base
-from qlora_cli.recipe.load import LoadedRecipe
+from qlora_cli.recipe.load import DEFAULT, LoadedRecipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.training.optim import paging_note
 from qlora_cli.workflows.events import Emit, Fact, Notice, Stage, size
@@ -35,12 +35,6 @@ class Prepared:
     data: TokenData
     plan: Plan
 
-    @property
-    def pad_id(self) -> int:
-        """What fills padded positions; they are masked by position, so any id would do."""
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else 0
-
 
 def local_rank() -> int:
     """This process' device index among those of its machine, as its launcher says."""
@@ -57,7 +51,7 @@ def prepare(loaded: LoadedRecipe, weights: bool, emit: Emit) -> Prepared:
     _check_world(recipe)
     folder = find_base(recipe.model.base, recipe.model.revision, weights)
     config = load_config(folder)
-    check_length(recipe, config, loaded.origins.get("data.max_length", ""))
+    check_length(recipe, config, _place(loaded, "data.max_length"))
     shape = shape_of(meta_model(config), recipe)
     tokenizer = load_tokenizer(folder)
     emit(Stage(f"reading {recipe.data.train}"))
@@ -69,6 +63,12 @@ def prepare(loaded: LoadedRecipe, weights: bool, emit: Emit) -> Prepared:
     for event in header(ready):
         emit(event)
     return ready
+
+
+def _place(loaded: LoadedRecipe, key: str) -> str:
+    """Where the recipe sets `key`; empty when it has its default."""
+    origin = loaded.origins.get(key, DEFAULT)
+    return "" if origin == DEFAULT else origin
 
 
 def weights_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
@@ -115,7 +115,9 @@ def header(ready: Prepared) -> list[Fact | Notice]:
         Fact("lora" if recipe.lora else "train", _trainable(ready)),
         *(Fact("data", line) for line in ready.data.receipt.lines()),
         Fact("plan", _plan_line(ready)),
-        Fact("memory", f"about {size(plan.memory_bytes)} ({_parts(plan.memory)}), estimated"),
+        Fact(
+            "memory", f"about {size(plan.memory_bytes)} ({parts(plan.memory)}), estimated, without the program itself"
+        ),
     ]
     note = paging_note(recipe.train, ready.machine.device)
     return [*facts, *([Notice(note)] if note else [])]
@@ -148,5 +150,6 @@ def _plan_line(ready: Prepared) -> str:
     )
 
 
-def _parts(parts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size(count)}" for name, count in parts.items() if count)
+def parts(sizes: dict[str, int]) -> str:
+    """Bytes by part, those that are not 0."""
+    return ", ".join(f"{name} {size(count)}" for name, count in sizes.items() if count)

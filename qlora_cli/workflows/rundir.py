@@ -22,8 +22,11 @@ STATUS = "status.json"
 
 def check_unused(path: Path) -> None:
     """Raises `RunDirectoryError` unless `path` is new, empty, or left by a run that ended before its first step."""
-    if path.exists() and not path.is_dir():
-        raise RunDirectoryError(f"{path} is a file", fix="name another run directory with -o DIR")
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise RunDirectoryError(f"{existing} is a file", fix="name another run directory with -o DIR")
+    if not os.access(existing, os.W_OK):
+        raise DiskError(f"{existing} cannot be written to", fix="name another run directory with -o DIR")
     if path.is_dir() and any(path.iterdir()) and not _never_began(path):
         raise RunDirectoryError(
             f"{path} is not empty",

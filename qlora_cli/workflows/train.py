@@ -6,7 +6,9 @@ finite and changed; until then nothing stands under a final name.
 
 from __future__ import annotations
 
+import math
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qlora_cli.errors import QloraError
+from qlora_cli.errors import NonFiniteError, QloraError, RunDirectoryError
 from qlora_cli.evaluation.perplexity import EvalResult, evaluate
 from qlora_cli.model.base import load_base, report, set_checkpointing
 from qlora_cli.model.device import peak_memory
@@ -33,7 +35,7 @@ from qlora_cli.workflows.card import Outcome, beside
 from qlora_cli.workflows.events import Emit, Evaluated, Event, Fact, Notice, Progress, Saved, Stage, eval_json, size
 from qlora_cli.workflows.lock import lock
 from qlora_cli.workflows.plan import Plan, order_of
-from qlora_cli.workflows.prepare import Prepared, local_rank, prepare, weights_dtype
+from qlora_cli.workflows.prepare import Prepared, local_rank, parts, prepare, weights_dtype
 from qlora_cli.workflows.rundir import RunDirectory, check_space, check_unused
 
 
@@ -62,10 +64,13 @@ def run_directory(loaded: LoadedRecipe, output: Path | None) -> Path:
 def plan_train(loaded: LoadedRecipe, output: Path | None, emit: Emit) -> Plan:
     """`--dry-run`: everything up to the plan, without reading or downloading a weight, and without writing."""
     path = run_directory(loaded, output)
-    check_unused(path)
     plan = prepare(loaded, weights=False, emit=emit).plan
     check_space(path, plan.disk_bytes)
-    emit(Fact("disk", f"about {size(plan.disk_bytes)} in {path}, estimated"))
+    emit(Fact("disk", f"about {size(plan.disk_bytes)} in {path} ({parts(plan.disk)}), estimated"))
+    try:
+        check_unused(path)
+    except RunDirectoryError as error:
+        emit(Notice(f"{error.problems[0].what}: the run itself would be refused; name another directory with -o DIR"))
     return plan
 
 
@@ -98,24 +103,30 @@ def _recorded(directory: RunDirectory) -> Iterator[None]:
     """Records in status.json how a run ended that did not finish."""
     try:
         yield
-    except KeyboardInterrupt:
-        directory.status("interrupted", reason="interrupted")
+    except (KeyboardInterrupt, SystemExit):
+        directory.log("interrupted")
+        directory.status("interrupted", reason="interrupted by a signal")
         raise
     except QloraError as error:
+        directory.log(f"error: {error}")
         directory.status("failed", reason=str(error))
         raise
     except Exception as error:
+        directory.log(traceback.format_exc())
         directory.status("failed", reason=f"{type(error).__name__}: {error}")
         raise
 
 
-def _pinned(loaded: LoadedRecipe, commit: str | None) -> LoadedRecipe:
-    """The recipe with the Hub commit that was loaded, so that whoever reads it later gets that very base."""
-    if commit is None:
-        return loaded
-    model = loaded.recipe.model.model_copy(update={"revision": commit})
-    origins = {**loaded.origins, "model.revision": "the Hub's commit at the start"}
-    return replace(loaded, recipe=loaded.recipe.model_copy(update={"model": model}), origins=origins)
+def _as_run(loaded: LoadedRecipe, path: Path, commit: str | None) -> LoadedRecipe:
+    """The recipe with the run directory that was chosen, and the Hub commit that was loaded, so that whoever reads it
+    later gets that very base."""
+    recipe, origins = loaded.recipe, dict(loaded.origins)
+    if recipe.output != str(path):
+        recipe, origins["output"] = recipe.model_copy(update={"output": str(path)}), "chosen for this run"
+    if commit is not None:
+        model = recipe.model.model_copy(update={"revision": commit})
+        recipe, origins["model.revision"] = recipe.model_copy(update={"model": model}), "the Hub's commit at the start"
+    return replace(loaded, recipe=recipe, origins=origins)
 
 
 class _Run:
@@ -126,12 +137,13 @@ class _Run:
     ) -> None:
         self.loaded, self.ready, self.ranks, self.directory = loaded, ready, ranks, directory
         self.recipe, self.total = ready.recipe, ready.plan.steps
-        self.resolved = resolved_yaml(_pinned(loaded, ready.folder.revision))
+        self.resolved = resolved_yaml(_as_run(loaded, directory.path, ready.folder.revision))
         self._emit = emit
         self.best = Best(self.recipe.eval.patience)
         self.measured: tuple[int, EvalResult] | None = None
         self.kept: tuple[int, EvalResult, dict[str, torch.Tensor]] | None = None
         self.seconds: list[float] = []
+        self.failure: QloraError | None = None
 
     def tell(self, event: Event) -> None:
         """To the console, and to train.log."""
@@ -147,7 +159,11 @@ class _Run:
         if self.kept is not None and self.kept[0] != last.step:
             trained.restore(self.kept[2])
             self.tell(Notice(f"keeping the values of step {self.kept[0]}, which had the lowest held-out loss"))
-        return self._finish(trained, last)
+        result = self._finish(trained, last)
+        if self.failure is not None:
+            self.tell(Notice(f"what was trained is saved in {result.artifact}, though the last evaluation failed"))
+            raise self.failure
+        return result
 
     def _record_inputs(self) -> None:
         directory, ready = self.directory, self.ready
@@ -181,7 +197,7 @@ class _Run:
         ready, recipe, parameters = self.ready, self.recipe, trained.parameters()
         optimizer = build_optimizer(parameters, recipe.train, self.ranks.device)
         order = order_of(recipe, ready.data)
-        job = Job(model, parameters, optimizer, ready.data.train, order, self.total, ready.plan.rows, ready.pad_id)
+        job = Job(model, parameters, optimizer, ready.data.train, order, self.total, ready.plan.rows)
         self.directory.status("running", 0)
         with MetricsFile(self.directory.metrics_path) as metrics:
             for step_report in train_steps(job, recipe.train, self.ranks):
@@ -210,8 +226,13 @@ class _Run:
         if not rows or not due:
             return False
         self.tell(Stage(f"evaluating on {len(rows):,} held-out rows"))
-        with memory_guard("evaluating"):
-            result = evaluate(model, rows, section.batch_size, self.ready.pad_id, self.ranks)
+        try:
+            result = self._evaluate(model)
+        except QloraError as error:
+            if step < self.total:
+                raise
+            self.failure = error  # what was trained is saved first; see `train`
+            return False
         better = self.best.update(step, result.loss)
         self.measured = (step, result)
         if better and section.keep_best:
@@ -220,6 +241,15 @@ class _Run:
         self.tell(event)
         metrics.write("eval", event.as_json())
         return self.best.exhausted and step < self.total
+
+    def _evaluate(self, model: Any) -> EvalResult:
+        with memory_guard("evaluating"):
+            result = evaluate(model, self.ready.data.held_out, self.recipe.eval.batch_size, self.ranks)
+        if not math.isfinite(result.loss):
+            raise NonFiniteError(
+                f"the held-out loss is {result.loss}", fix="set quantization.compute_dtype to bfloat16 or float32"
+            )
+        return result
 
     def _checkpoint_if_due(self, trained: Trained, step: StepReport) -> None:
         every = self.recipe.save.every

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from qlora_cli.data.conversation import Conversation, Message, Role
 from qlora_cli.data.encode import Encoded
+from qlora_cli.data.turns import TurnEncoder
 from tests.conftest import TEMPLATE, make_tokenizer
 
 THINKING = (
@@ -26,6 +28,12 @@ def marked(row: Encoded, tokenizer: Any) -> str:
     """The row's tokens, those that carry loss in brackets."""
     tokens = tokenizer.convert_ids_to_tokens(row.ids.tolist())
     return " ".join(f"[{token}]" if loss else token for token, loss in zip(tokens, row.loss, strict=True))
+
+
+def through(turns: TurnEncoder, messages: Sequence[Message]) -> list[int]:
+    """Ids up to and with the end of the last message."""
+    before, turn = turns.turn(messages)
+    return before + turn
 
 
 def talk(*turns: str) -> Conversation:

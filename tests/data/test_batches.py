@@ -139,42 +139,45 @@ def test_grouping_sorts_within_megabatches_only_so_that_order_stays_random() -> 
 
 
 def test_rows_are_padded_at_the_right_and_targets_stand_where_the_prediction_is_made() -> None:
-    batch = collate([row([1, 5, 6, 2], "..xx", "f:1"), row([1, 7, 2], ".xx", "f:2")], pad_id=0)
+    batch = collate([row([1, 5, 6, 2], "..xx", "f:1"), row([1, 7, 2], ".xx", "f:2")])
     assert batch.ids.tolist() == [[1, 5, 6, 2], [1, 7, 2, 0]]
     assert batch.attention.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch.targets.tolist() == [[False, True, True, False], [True, True, False, False]]
     assert batch.labels.tolist() == [6, 2, 7, 2]
-    assert (batch.target_count, batch.where) == (4, ("f:1", "f:2"))
 
 
-def test_padding_with_the_eos_id_takes_no_eos_target_away() -> None:
-    batch = collate([row([1, 5, 2, 9, 2], "..x.x"), row([1, 2], ".x")], pad_id=2)
-    assert batch.labels.tolist() == [2, 2, 2]
+def test_padding_hides_no_target_whatever_its_id() -> None:
+    batch = collate([row([1, 5, 0, 9, 0], "..x.x"), row([1, 0], ".x")])
+    assert batch.labels.tolist() == [0, 0, 0]
     assert batch.attention.sum().item() == 7
 
 
+def test_widths_are_rounded_up_to_a_multiple_without_new_targets() -> None:
+    batch = collate([row([1, 5, 2], ".xx")], multiple=4)
+    assert batch.ids.tolist() == [[1, 5, 2, 0]]
+    assert batch.attention.tolist() == [[1, 1, 1, 0]]
+    assert batch.labels.tolist() == [5, 2]
+
+
 def test_a_loss_on_the_first_token_is_no_target() -> None:
-    assert collate([row([5, 6], "xx")], pad_id=0).targets.tolist() == [[True, False]]
-    assert collate([row([5], "x")], pad_id=0).target_count == 0
+    assert collate([row([5, 6], "xx")]).targets.tolist() == [[True, False]]
+    assert not collate([row([5], "x")]).targets.any()
 
 
 def test_a_batch_moves_to_a_device_whole() -> None:
-    batch = collate([row([1, 5, 2], ".xx", "f:1")], pad_id=0)
-    moved = batch.to(torch.device("cpu"))
-    assert (moved.ids.tolist(), moved.labels.tolist(), moved.where) == ([[1, 5, 2]], [5, 2], ("f:1",))
+    moved = collate([row([1, 5, 2], ".xx")]).to(torch.device("meta"))
+    assert {moved.ids.device.type, moved.attention.device.type, moved.targets.device.type} == {"meta"}
 
 
 @few
 @given(st.lists(st.integers(2, 12), min_size=1, max_size=20), st.integers(1, 6))
-def test_micro_batches_keep_every_row_and_every_target(lengths: list[int], size: int) -> None:
+def test_micro_batches_keep_every_row(lengths: list[int], size: int) -> None:
     rows = [row([9] * n, "." + "x" * (n - 1), str(i)) for i, n in enumerate(lengths)]
-    batches = micro_batches(rows, size, pad_id=0)
-    assert sorted(place for batch in batches for place in batch.where) == sorted(str(i) for i in range(len(rows)))
-    assert sum(batch.target_count for batch in batches) == sum(n - 1 for n in lengths)
-    assert sum(int(batch.attention.sum()) for batch in batches) == sum(lengths)
-    assert max(len(batch.where) for batch in batches) <= size
+    batches = micro_batches(rows, size)
+    assert sorted(row.where for batch in batches for row in batch) == sorted(str(i) for i in range(len(rows)))
+    assert max(len(batch) for batch in batches) <= size
 
 
 def test_micro_batches_put_the_longest_rows_first_so_that_memory_runs_out_early_or_never() -> None:
     rows = [row([9] * n, "x" * n) for n in (2, 7, 3, 5)]
-    assert [tuple(batch.ids.shape) for batch in micro_batches(rows, 2, 0)] == [(2, 7), (2, 3)]
+    assert [[len(row) for row in batch] for batch in micro_batches(rows, 2)] == [[7, 5], [3, 2]]

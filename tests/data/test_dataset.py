@@ -112,14 +112,22 @@ def test_nothing_left_to_train_on_is_refused(load: Load) -> None:
 
 
 def test_holding_every_row_out_is_refused(load: Load) -> None:
-    with pytest.raises(DataError, match="0 supervised tokens are left of 3 rows"):
+    with pytest.raises(DataError, match=r"eval_split is 3, but .* has only 3 distinct rows"):
         load(numbered(3), eval_split=3)
 
 
-def test_a_row_whose_only_token_cannot_be_predicted_is_dropped_and_counted(load: Load) -> None:
-    data = load([{"text": ""}, {"text": "a"}])
+@pytest.mark.parametrize("blank", ["", "  ", "\n\t"])
+def test_an_answer_of_nothing_but_space_is_dropped_and_counted(load: Load, blank: str) -> None:
+    data = load([{"text": blank}, {"text": "a"}])
     assert lines(data.train) == [2]
-    assert data.receipt.sources[0].dropped == {"no token carries loss": 1}
+    assert data.receipt.sources[0].dropped == {"an answer is empty": 1}
+
+
+def test_rows_that_differ_only_in_columns_the_model_never_sees_stay_on_one_side(load: Load) -> None:
+    rows = [{"text": f"t{i % 5}", "id": i} for i in range(20)]
+    data = load(rows, eval_split=2)
+    assert data.receipt.sources[0].held_out == 8
+    assert {row.ids.tobytes() for row in data.train} & {row.ids.tobytes() for row in data.held_out} == set()
 
 
 def test_unanswered_last_turns_are_left_off_and_counted(load: Load, tokenizer: Any) -> None:

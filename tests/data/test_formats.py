@@ -29,12 +29,12 @@ CASES: list[tuple[str, dict[str, Any], tuple[Message, ...]]] = [
 ]
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("messages", {"text": "a", "id": 1}, "field `messages` is missing (the row has: id, text)"),
+    ("messages", {"text": "a", "id": 1}, "field `messages` is missing (the row has: `id`, `text`)"),
     ("messages", {}, "field `messages` is missing (the row has: no fields)"),
     ("messages", {"messages": "hi"}, "field `messages` must be a list of messages, but is str"),
     ("messages", {"messages": []}, "field `messages` must be a list of messages, but is empty"),
     ("messages", {"messages": ["hi"]}, "messages[0] must be an object with `role` and `content`, but is str"),
-    ("messages", {"messages": [{"role": "user"}]}, "messages[0].content must be text, but is null"),
+    ("messages", {"messages": [{"role": "user"}]}, "messages[0].content is missing (it has: role)"),
     ("messages", {"messages": [{"role": 1, "content": "q"}]}, "messages[0].role must be text, but is a number"),
     (
         "messages",
@@ -46,7 +46,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"messages": [{"role": "user", "content": "q"}]},
         "field `messages` has no assistant turn: there is nothing to learn in it",
     ),
-    ("prompt-completion", {"prompt": "q"}, "field `completion` is missing (the row has: prompt)"),
+    ("prompt-completion", {"prompt": "q"}, "field `completion` is missing (the row has: `prompt`)"),
     (
         "prompt-completion",
         {"prompt": ["q"], "completion": "a"},
@@ -107,10 +107,14 @@ def test_columns_may_trade_places() -> None:
     assert renamed({"a": 1, "b": 2}, {"a": "b", "b": "a"}) == {"a": 2, "b": 1}
 
 
-def test_a_column_that_a_row_lacks_leaves_its_field_missing() -> None:
-    row = renamed({"question": "q", "output": "a"}, {"prompt": "input", "completion": "output"})
-    with pytest.raises(RowError, match=r"field `prompt` is missing \(the row has: completion, question\)"):
-        FORMATS["prompt-completion"].build(row)
+def test_a_column_that_a_row_lacks_is_named_even_where_the_field_is_there_under_its_own_name() -> None:
+    with pytest.raises(RowError, match=r"column `input` is missing \(the row has: `output`, `prompt`\)"):
+        renamed({"prompt": "q", "output": "a"}, {"prompt": "input", "completion": "output"})
+
+
+def test_only_the_optional_input_of_alpaca_may_lack_its_column() -> None:
+    row = {"ask": "q", "output": "a"}
+    assert renamed(row, {"instruction": "ask", "input": "context"}) == {"instruction": "q", "output": "a"}
 
 
 def test_without_columns_a_row_is_left_as_it_is() -> None:

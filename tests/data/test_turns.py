@@ -11,7 +11,7 @@ from qlora_cli.data.formats import RowError
 from qlora_cli.data.turns import ALPACA_TEMPLATE, ChatTurns, PlainTurns, turn_encoder
 from qlora_cli.errors import DataError
 from tests.conftest import TEMPLATE, make_tokenizer
-from tests.data.conftest import ALTERNATING, THINKING, talk, with_bos
+from tests.data.conftest import ALTERNATING, THINKING, talk, through, with_bos
 
 ENDLESS = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
 
@@ -25,7 +25,7 @@ def test_what_is_trained_on_begins_with_what_the_model_is_prompted_with(template
     turns = turn_encoder(make_tokenizer(template), "tokenizer", "messages")
     messages = talk("u: q", "a: x</think>a", "u: r", "a: b").messages
     for count in (2, 4):
-        prompt, whole = turns.prompt(messages[: count - 1]), turns.through(messages[:count])
+        prompt, whole = turns.prompt(messages[: count - 1]), through(turns, messages[:count])
         assert prompt == whole[: len(prompt)]
         assert whole[-1] in turns.stop_ids
 
@@ -36,14 +36,14 @@ def test_plain_turns_are_contents_with_bos_before_the_first_and_eos_after_each_a
     messages = talk("u: q", "a: a", "u: r", "a: b").messages
     assert tokens(tokenizer, turns.prompt(())) == "<s>"
     assert tokens(tokenizer, turns.prompt(messages[:1])) == "<s> q"
-    assert tokens(tokenizer, turns.through(messages[:2])) == "<s> q a </s>"
+    assert tokens(tokenizer, through(turns, messages[:2])) == "<s> q a </s>"
     assert tokens(tokenizer, turns.prompt(messages[:3])) == "<s> q a </s> r"
     assert turns.stop_ids == {2}
 
 
 def test_plain_turns_of_a_tokenizer_without_the_habit_have_no_bos(tokenizer: Any) -> None:
     turns = PlainTurns(tokenizer)
-    assert tokens(tokenizer, turns.through(talk("u: q", "a: a").messages)) == "q a </s>"
+    assert tokens(tokenizer, through(turns, talk("u: q", "a: a").messages)) == "q a </s>"
 
 
 def test_plain_turns_need_an_end_of_sequence_token() -> None:
@@ -87,7 +87,7 @@ def test_a_template_that_cannot_render_a_question_and_its_answer_is_refused(temp
 def test_a_conversation_that_the_template_refuses_is_the_rows_mistake() -> None:
     turns = ChatTurns(make_tokenizer(ALTERNATING))
     with pytest.raises(RowError, match="refuses this conversation: roles must alternate user/assistant"):
-        turns.through(talk("s: s", "u: q", "a: a").messages)
+        through(turns, talk("s: s", "u: q", "a: a").messages)
 
 
 def test_a_turn_that_the_template_leaves_open_is_refused() -> None:
@@ -99,7 +99,7 @@ def test_a_turn_that_the_template_leaves_open_is_refused() -> None:
         make_tokenizer(template.replace("{{ m.content }}", "{% if loop.index0 %}:{% endif %}{{ m.content }}"))
     )
     with pytest.raises(RowError, match="did not end this assistant turn"):
-        turns.through(talk("u: q", "a: x").messages)
+        through(turns, talk("u: q", "a: x").messages)
 
 
 def test_a_turn_ends_with_the_templates_own_token_as_well_as_with_eos() -> None:
@@ -107,13 +107,13 @@ def test_a_turn_ends_with_the_templates_own_token_as_well_as_with_eos() -> None:
     tokenizer = make_tokenizer(template)
     turns = ChatTurns(tokenizer)
     assert turns.stop_ids == {tokenizer.convert_tokens_to_ids("<|user|>"), tokenizer.eos_token_id}
-    assert tokens(tokenizer, turns.through(talk("u: q", "a: a").messages)) == "q <|user|> a <|user|>"
+    assert tokens(tokenizer, through(turns, talk("u: q", "a: a").messages)) == "q <|user|> a <|user|>"
 
 
 def test_what_a_template_puts_after_the_end_of_turn_is_left_off(tokenizer: Any) -> None:
     turns = ChatTurns(tokenizer)
     assert TEMPLATE.count("</s>\n") == 1
-    assert tokens(tokenizer, turns.through(talk("u: q", "a: a").messages)).endswith("Ċ a </s>")
+    assert tokens(tokenizer, through(turns, talk("u: q", "a: a").messages)).endswith("Ċ a </s>")
 
 
 RESOLVED = [
@@ -155,6 +155,6 @@ def test_an_end_of_turn_before_an_eos_behind_the_whole_conversation_ends_the_tur
     end = tokenizer.convert_tokens_to_ids("<|user|>")
     assert turns.stop_ids == {end, 2}
     talk = [Message("user", "q"), Message("assistant", "x"), Message("user", "r"), Message("assistant", "y")]
-    first, second = turns.through(talk[:2]), turns.through(talk)
+    first, second = through(turns, talk[:2]), through(turns, talk)
     assert first[-1] == second[-1] == end
     assert second[: len(first)] == first

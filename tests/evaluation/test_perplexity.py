@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def test_loss_is_the_token_mean_that_training_reports_for_the_same_rows(base: Path) -> None:
     trained = run(base, steps=1)[0][0]
-    result = evaluate(adapted(base)[0], ROWS, 2, 0, Ranks(CPU))
+    result = evaluate(adapted(base)[0], ROWS, 2, Ranks(CPU))
     assert result.loss == pytest.approx(trained.loss, rel=1e-5)
     assert (result.rows, result.targets, result.tokens) == (6, 36, sum(map(len, ROWS)))
 
@@ -26,20 +26,20 @@ def test_loss_is_the_token_mean_that_training_reports_for_the_same_rows(base: Pa
 @pytest.mark.parametrize("size", [1, 3, 6, 99])
 def test_batch_size_does_not_change_the_loss(base: Path, size: int) -> None:
     model = adapted(base)[0]
-    expected = evaluate(model, ROWS, 2, 0, Ranks(CPU)).loss
-    assert evaluate(model, ROWS, size, 0, Ranks(CPU)).loss == pytest.approx(expected, rel=1e-6)
+    expected = evaluate(model, ROWS, 2, Ranks(CPU)).loss
+    assert evaluate(model, ROWS, size, Ranks(CPU)).loss == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_keeps_its_mode(base: Path, training: bool) -> None:
     model = adapted(base)[0].train(training)
-    evaluate(model, ROWS, 2, 0, Ranks(CPU))
+    evaluate(model, ROWS, 2, Ranks(CPU))
     assert model.training is training
 
 
 def test_dropout_is_off_while_evaluating(base: Path) -> None:
     model = adapted(base, dropout=0.5)[0].train()
-    assert evaluate(model, ROWS, 2, 0, Ranks(CPU)) == evaluate(model, ROWS, 2, 0, Ranks(CPU))
+    assert evaluate(model, ROWS, 2, Ranks(CPU)) == evaluate(model, ROWS, 2, Ranks(CPU))
 
 
 def test_perplexity_is_the_exponential_of_the_loss() -> None:

@@ -54,7 +54,7 @@ def test_an_override_below_a_null_section_creates_it(load: Load) -> None:
 
 def test_a_shipped_recipe_is_loaded_and_extended_by_its_bare_name(load: Load) -> None:
     assert load_recipe("tiny-demo").path.name == "tiny-demo.yaml"
-    assert load("extends: tiny-demo\n").recipe == load_recipe("tiny-demo").recipe
+    assert load("extends: tiny-demo\noutput: out/tiny-demo\n").recipe == load_recipe("tiny-demo").recipe
 
 
 @pytest.mark.parametrize(
@@ -279,3 +279,11 @@ def test_the_names_of_other_tools_lead_to_keys_that_exist() -> None:
 def test_every_required_key_has_an_example() -> None:
     needed = {f"{name}.{key}" for name, section in fields.sections().items() for key in fields.required(section)}
     assert set(EXAMPLES) == needed
+
+
+def test_output_is_not_inherited_so_that_two_recipes_never_share_a_directory(tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: tiny-demo\n")
+    assert load_recipe("tiny-demo").recipe.output == "out/tiny-demo"
+    assert load_recipe(child).recipe.output is None
+    assert load_recipe(child, ["output=out/mine"]).recipe.output == "out/mine"

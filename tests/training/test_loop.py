@@ -38,7 +38,7 @@ def run(base: Path, steps: int = 2, lora: dict[str, Any] | None = None, **train:
     parameters = [p for layer in layers.values() for p in (layer.lora_a, layer.lora_b)]
     optimizer = build_optimizer(parameters, section, torch.device("cpu"))
     order = Order(tuple(len(r) for r in ROWS), section.batch_size, section.seed)
-    job = Job(model, parameters, optimizer, ROWS, order, steps, steps * section.batch_size, 0)
+    job = Job(model, parameters, optimizer, ROWS, order, steps, steps * section.batch_size)
     return list(train_steps(job, section, Ranks(torch.device("cpu")))), layers
 
 
@@ -112,7 +112,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_any_update_and_names
         Order(tuple(map(len, ROWS)), 6, 0),
         1,
         6,
-        0,
     )
     with pytest.raises(NonFiniteError, match=r"step 1: loss nan.*(\n.*)*rows\.jsonl:1"):
         list(train_steps(job, section, Ranks(torch.device("cpu"))))

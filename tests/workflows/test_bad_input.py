@@ -46,7 +46,7 @@ DATA: list[tuple[bytes | None, str, str]] = [
     (b'{"messages": [\n', ":2", "not JSON"),
     (b'{"messages": "\xff"}\n', ":2", "not UTF-8"),
     (b"[]\n", ":2", "a row must be a JSON object"),
-    (b'{"text": "a"}\n', ":2", "field `messages` is missing (the row has: text)"),
+    (b'{"text": "a"}\n', ":2", "field `messages` is missing (the row has: `text`)"),
     (b'{"messages": 7}\n', ":2", "field `messages` must be a list of messages, but is a number"),
     (b'{"messages": [{"role": "user", "content": 7}]}\n', ":2", "messages[0].content must be text, but is a number"),
     (b'{"messages": [{"role": "bot", "content": ""}]}\n', ":2", "messages[0].role is `bot`"),
@@ -131,7 +131,7 @@ def test_a_type_that_contradicts_the_device_of_the_recipe_is_refused(refuse: Ref
     assert "needs a CUDA device, but model.device is cpu" in error
 
 
-OLD_GPU = Machine(torch.device("cuda", 0), "Old GPU", ("float16", "float32"), "float16", 1 << 30)
+OLD_GPU = Machine(torch.device("cuda", 0), "Old GPU", ("float16", "float32"), "float16")
 
 
 def test_bfloat16_on_a_device_without_it_is_refused_and_auto_takes_what_there_is() -> None:
@@ -145,7 +145,7 @@ def test_bfloat16_on_a_device_without_it_is_refused_and_auto_takes_what_there_is
     assert compute_dtype("auto", OLD_GPU) == torch.float16
 
 
-@pytest.mark.parametrize("option", [[], ["--dry-run"], ["--json"]])
+@pytest.mark.parametrize("option", [[], ["--json"]])
 def test_an_output_directory_that_holds_something_is_refused_and_left_as_it_was(
     recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str]
 ) -> None:

@@ -25,10 +25,16 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def processes(run: Path) -> int:
+    """How many took part in a run."""
+    return int(json.loads((run / "lock.json").read_text())["processes"])
+
+
 def train(processes: int, recipe: Path, run: Path) -> subprocess.CompletedProcess[str]:
-    """`qlora train` in one process, or under `accelerate launch`."""
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "qlora_cli"]
+    """`qlora train` in one process, or under `accelerate launch`, which has no form of its own for several processes
+    on a CPU: with --multi_gpu it starts them, and without a GPU they meet through gloo."""
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "qlora_cli"]
     command = [sys.executable, *(launcher if processes > 1 else ["-m", "qlora_cli"]), "train", str(recipe)]
     return subprocess.run([*command, "-o", str(run)], capture_output=True, text=True, timeout=240, check=False)
 
@@ -41,6 +47,7 @@ def test_two_processes_give_the_losses_and_the_adapter_of_one(
     recipe = recipe_file(text, UNEVEN)
     outputs = {count: train(count, recipe, tmp_path / str(count)) for count in (1, 2)}
     assert [done.returncode for done in outputs.values()] == [0, 0], outputs[2].stderr[-3000:]
+    assert [processes(tmp_path / n) for n in ("1", "2")] == [1, 2]
     one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
     assert len(one) == len(two) == 8
     for a, b in zip(one, two, strict=True):
