@@ -16,6 +16,9 @@ from typing import Any, Protocol
 
 from qlora_cli.errors import DeviceMemoryError, DiskError, QloraError
 
+WIDE_ENOUGH_FOR_A_BAR = 100
+"""Columns; the figures alone take about 80."""
+
 
 class Event(Protocol):
     """What a workflow tells; see `workflows/events.py`."""
@@ -110,7 +113,8 @@ class _LiveLine:
         from rich.progress import BarColumn, Progress, TextColumn
 
         self._console = RichConsole(stderr=True, highlight=False)
-        columns = (BarColumn(bar_width=16), TextColumn("{task.description}", markup=False))
+        bar = [BarColumn(bar_width=16)] if self._console.width >= WIDE_ENOUGH_FOR_A_BAR else []
+        columns = (*bar, TextColumn("{task.description}", markup=False))
         self._progress = Progress(*columns, console=self._console)
         self._task: Any = None
 
@@ -139,7 +143,7 @@ def _to_stdout(text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             sys.stdout.close()  # or Python would fail once more at its exit
-        fix = "results that were saved are where train.log says; use -o DIR and read the files there"
+        fix = "what was saved stands; read it in its folder"
         raise DiskError(f"cannot write to stdout: {error.strerror}", fix=fix) from error
 
 

@@ -9,14 +9,12 @@ import logging
 import warnings
 
 import transformers
-from datasets import disable_progress_bars
 
 
 def quiet_libraries() -> None:
     """Errors only, no progress bars for work on this machine; downloads keep theirs."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    disable_progress_bars()
     for name in ("bitsandbytes", "accelerate", "torch.distributed", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

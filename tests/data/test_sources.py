@@ -135,3 +135,19 @@ def test_a_hub_dataset_without_a_network_names_the_login_and_the_local_file() ->
     assert problem.what.startswith("owner/rows-2.5: no such file here, and the Hub dataset could not be read")
     assert "hf auth login" in problem.fix
     assert ".jsonl" in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b'[{"text": "a"},\n {"text": "b"}]\n', "is one JSON array"),
+        (b'\xef\xbb\xbf\n [{"text": "a"}]', "is one JSON array"),
+        ('{"text": "a"}\n'.encode("utf-16"), "is UTF-16"),
+    ],
+)
+def test_a_file_that_is_something_else_as_a_whole_is_one_error(tmp_path: Path, content: bytes, what: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=what) as caught:
+        read_rows(str(path), "train")
+    assert len(caught.value.problems) == 1

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.cli.app import main
+from qlora_cli.errors import DataError
 from qlora_cli.workflows.chat import Decoding, open_talk
 from tests.conftest import RECIPE, chat_rows, make_llama, write_jsonl
 
@@ -170,3 +171,55 @@ def test_a_base_or_data_that_changed_since_training_is_said(
     said = capsys.readouterr().err
     assert f"the base is no longer what {run / 'adapter'} was trained on: model.safetensors changed" in said
     assert f"the data is no longer what {run / 'adapter'} was trained on: {tmp_path / 'rows.jsonl'} changed" in said
+
+
+def test_eval_of_a_run_with_another_adapter_takes_the_rows_of_the_run(
+    run: Path, recipe_file: Recipe, tmp_path: Path, capsys: Capture
+) -> None:
+    own = write_jsonl(tmp_path / "own.jsonl", chat_rows(3))
+    text = RECIPE.replace("eval_split: 4", f"eval: {own}").replace("r: 4", "r: 2")
+    other = tmp_path / "other"
+    assert main(["train", str(recipe_file(text, name="other.yaml")), "-o", str(other), "-q"]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(run), "--adapter", str(other), "--json", "-q"]) == 0
+    found = last_json(capsys)
+    assert (found["rows"], found["adapter"]) == (4, str(other / "adapter"))
+    assert found["data"] == str(tmp_path / "rows.jsonl")
+
+
+def test_weights_replaced_by_shards_of_other_names_are_noticed(
+    recipe_file: Recipe, base: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    own, run = tmp_path / "own", tmp_path / "run"
+    shutil.copytree(base, own)
+    assert main(["train", str(recipe_file()), "-s", f"model.base={own}", "-o", str(run), "-q"]) == 0
+    (own / "model.safetensors").unlink()
+    make_llama(seed=1).save_pretrained(own, max_shard_size="100KB")
+    capsys.readouterr()
+    assert main(["eval", str(run)]) == 0
+    assert "the base is no longer what" in capsys.readouterr().err
+
+
+def test_a_base_given_by_a_relative_path_is_found_from_elsewhere_and_never_sought_on_the_hub(
+    recipe_file: Recipe, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    shutil.copytree(base, tmp_path / "out/base")
+    run = tmp_path / "run"
+    recipe = recipe_file()
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(recipe), "-s", "model.base=out/base", "-o", str(run), "-q"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["chat", str(run), "-p", "q1", "--max-tokens", "2", "-q"]) == 0
+    shutil.rmtree(tmp_path / "out")
+    capsys.readouterr()
+    assert main(["chat", str(run), "-p", "q1"]) == 5
+    assert "Hub cannot" not in capsys.readouterr().err
+
+
+def test_a_conversation_ends_at_the_models_last_position(run: Path) -> None:
+    talk = open_talk(str(run), None, lambda event: None)
+    long = "".join(talk.say("q" * 100, Decoding(max_new_tokens=500)))
+    assert len(long) <= 128 - 100
+    with pytest.raises(DataError, match="128 positions"):
+        list(talk.say("q" * 100, Decoding()))
