@@ -160,15 +160,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _end_on_signals() -> None:
-    """A request to end, or a terminal that closes, ends the program as Ctrl-C does: with its state written."""
+    """A request to end, or a terminal that closes, ends the program as Ctrl-C does: with its state written. A signal
+    that was already ignored, as under nohup, stays so."""
 
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), end)
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        for number in numbers:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, end)
 
 
 def _code(end: SystemExit) -> int:

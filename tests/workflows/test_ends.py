@@ -91,3 +91,14 @@ def test_results_that_cannot_be_told_are_an_error_and_stay_saved(
     assert "cannot write to stdout" in done.stderr
     assert "Traceback" not in done.stderr
     assert (run / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_a_run_under_nohup_survives_its_terminal(recipe_file: Recipe, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_it = [sys.executable, "-m", "qlora_cli", "train", str(recipe_file()), "-o", str(run), "-s", "train.steps=40"]
+    child = subprocess.Popen(["nohup", *train_it], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    assert any("step 2/" in line for line in child.stderr)
+    child.send_signal(signals.SIGHUP)
+    assert child.communicate(timeout=120)[0] == f"{run / 'adapter'}\n"
+    assert child.returncode == 0
