@@ -17,7 +17,6 @@ from qlora_cli.data.conversation import Conversation
 from qlora_cli.data.turns import TurnEncoder
 
 LossOn = Literal["assistant", "last", "all"]
-TooLong = Literal["drop", "truncate", "error"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,10 @@ class BaseFolder:
         """SHA-256 of every file that decides what the model computes."""
         return {file.name: sha256(file) for file in self._deciding()}
 
+    @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """Hashes of samples of the same files: quick for any size, and different for weights trained further."""
+        """Hashes of samples of the same files: quick for any size, and different for weights trained further. Taken
+        once, so that every checkpoint of a run names the files as they were."""
         return {file.name: sample_hash(file) for file in self._deciding()}
 
     def _deciding(self) -> list[Path]:

@@ -32,7 +32,7 @@ def beside(ready: Prepared, resolved: str, outcome: Outcome) -> Callable[[Path],
     what a later reader compares to learn whether base or data are still those of the training."""
     data = {source.source: source.sha256 for source in ready.data.receipt.sources}
     place = str(ready.folder.path.absolute()) if ready.folder.revision is None else None
-    origin = {"base": ready.folder.fingerprint(), "base_folder": place, "data": data}
+    origin = {"base": ready.folder.fingerprint, "base_folder": place, "data": data}
 
     def write(folder: Path) -> None:
         with disk_errors(folder):

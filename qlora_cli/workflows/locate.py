@@ -137,7 +137,7 @@ def load_model(found: Found, emit: Emit) -> Loaded:
     folder = _base_folder(found)
     load_config(folder)
     if adapter is not None:
-        tell_changes("base", folder.fingerprint(), adapter, emit)
+        tell_changes("base", folder.fingerprint, adapter, emit)
     model = load_base(folder, recipe.model, recipe.quantization, dtype, machine.device)
     if adapter is not None:
         assert recipe.lora is not None, "an adapter's recipe has a lora section"

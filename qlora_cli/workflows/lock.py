@@ -23,6 +23,7 @@ def lock(ready: Prepared) -> dict[str, Any]:
         "qlora": __version__,
         "base": {"name": ready.folder.name, "revision": ready.folder.revision},
         "base_sha256": ready.folder.hashes() if local else None,
+        "base_samples": ready.folder.fingerprint,
         "data": {source.source: source.sha256 for source in ready.data.receipt.sources},
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "python": sys.version.split()[0],

@@ -142,7 +142,7 @@ class _Run:
         self.best = Best(self.recipe.eval.patience)
         self.measured: tuple[int, EvalResult] | None = None
         self.kept: tuple[int, EvalResult, dict[str, torch.Tensor]] | None = None
-        self.seconds: list[float] = []
+        self.first_seconds = self.later_seconds = 0.0
         self.failure: QloraError | None = None
 
     def tell(self, event: Event) -> None:
@@ -190,6 +190,7 @@ class _Run:
     def _tell_base(self, model: Any, seconds: float) -> None:
         held = report(model)
         counts = f"{held.four_bit_parameters:,} of {held.parameters:,} parameters in 4 bits"
+        counts += f" ({held.share_not_four_bit:.1%} are not)"
         total = size(held.four_bit_bytes + held.other_bytes)
         self.tell(Fact("loaded", f"{counts}, {total} in all, {seconds:.1f} s"))
 
@@ -209,10 +210,13 @@ class _Run:
         return step_report
 
     def _after_step(self, step: StepReport, metrics: MetricsFile) -> None:
-        self.seconds.append(step.seconds)
+        if step.step == 1:  # which also warms caches up, and so says little of the others
+            self.first_seconds = step.seconds
+        else:
+            self.later_seconds += step.seconds
         logged = step.step % self.recipe.log.every == 0 or step.step in (1, self.total)
-        steady = self.seconds[1:] or self.seconds  # the first step also warms caches up
-        eta = sum(steady) / len(steady) * (self.total - step.step)
+        pace = self.later_seconds / (step.step - 1) if step.step > 1 else self.first_seconds
+        eta = pace * (self.total - step.step)
         progress = Progress(step, self.total, peak_memory(self.ranks.device), eta, logged)
         self.tell(progress)
         if logged:
