@@ -1,21 +1,25 @@
-"""Writing that survives a crash: temporary name, fsync, rename.
+"""Writing that survives a crash: temporary name, fsync, rename; and hashes by which damage is noticed.
 
 Knows files only. Invariant: under a final name there is either nothing, the old content, or the whole new content.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import DiskError
+
+MANIFEST = "manifest.json"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
@@ -74,7 +78,8 @@ def _apply_umask(path: Path) -> None:
 
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder beside `final`, renamed to it when the block ends well and removed when it does not."""
+    """A temporary folder beside `final`, renamed to it when the block ends well and removed when it does not. A folder
+    that already has that name is exchanged with it and then deleted."""
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))
@@ -82,11 +87,61 @@ def staged_folder(final: Path) -> Iterator[Path]:
         yield staging
         with disk_errors(final):
             _sync_tree(staging)
-            staging.replace(final)
+            _rename(staging, final)
             _sync_folder(final.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _rename(staging: Path, final: Path) -> None:
+    if not final.is_dir() or not any(final.iterdir()):
+        staging.replace(final)
+        return
+    if not _exchange(staging, final):  # a moment without a folder of that name; the old one is then in .trash-*
+        trash = Path(tempfile.mkdtemp(prefix=f".trash-{final.name}-", dir=final.parent))
+        final.replace(trash)
+        staging.replace(final)
+        staging = trash
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names in one step (Linux's renameat2); False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    arguments = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return rename is not None and rename(*arguments) == 0
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes manifest.json: size and SHA-256 of every other file of `folder`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    entries = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
+    }
+    write_json(folder / MANIFEST, entries)
+
+
+def manifest_problems(folder: Path, names: Collection[str] | None = None) -> list[str]:
+    """What of `names` (default: all) is not as manifest.json says; nothing where there is no manifest."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        wanted = {name: entry for name, entry in entries.items() if names is None or name in names}
+        return [problem for name, entry in wanted.items() if (problem := _damage(folder / name, entry))]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return [f"{MANIFEST} cannot be read: {error}"]
+
+
+def _damage(path: Path, entry: dict[str, Any]) -> str:
+    """What is wrong with a file of a manifest; empty when nothing is."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"{path.name} has {size:,} bytes instead of {entry['bytes']:,}"
+    return "" if sha256(path) == entry["sha256"] else f"{path.name} is not as it was written (its SHA-256 differs)"
 
 
 def _sync_tree(folder: Path) -> None:

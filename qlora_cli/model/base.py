@@ -17,7 +17,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from qlora_cli.errors import ModelError
 from qlora_cli.model.folder import BaseFolder
 from qlora_cli.model.lora import linear_shape
-from qlora_cli.model.nf4 import four_bit_layers, keep_packed_format, loading_config, quantized_shape, stored_bytes
+from qlora_cli.model.nf4 import (
+    four_bit_layers,
+    keep_packed_format,
+    loading_config,
+    quantized_shape,
+    stored_bytes,
+    stored_constants,
+    stored_facts,
+)
+from qlora_cli.model.source import Source
 from qlora_cli.recipe.schema import ModelSection, QuantizationSection
 
 
@@ -47,12 +56,43 @@ def load_config(folder: BaseFolder) -> Any:
             fix="install a newer transformers, or choose another base",
         ) from error
     stored = getattr(config, "quantization_config", None)
-    if stored:
+    if stored and not is_packed(config):
         method = stored.get("quant_method") if isinstance(stored, dict) else type(stored).__name__
         raise ModelError(
-            f"{folder.name} is already quantised ({method})", fix="name the original 16-bit model in model.base"
+            f"{folder.name} is already quantised ({method}), and not to bitsandbytes' 4 bits",
+            fix="name the original 16-bit model in model.base",
         )
     return config
+
+
+def is_packed(config: Any) -> bool:
+    """Whether the files hold 4-bit weights, as `qlora quantize` or transformers wrote them."""
+    stored = getattr(config, "quantization_config", None)
+    return (
+        isinstance(stored, dict) and stored.get("quant_method") == "bitsandbytes" and bool(stored.get("load_in_4bit"))
+    )
+
+
+def stored_quantization(folder: BaseFolder, config: Any, section: QuantizationSection) -> QuantizationSection:
+    """`section` with the type, constants and layers left out that the files have (see `is_packed`)."""
+    stored = config.quantization_config
+    return section.model_copy(
+        update={
+            "type": stored.get("bnb_4bit_quant_type", "fp4"),
+            "double_quant": bool(stored.get("bnb_4bit_use_double_quant")),
+            "storage_dtype": stored.get("bnb_4bit_quant_storage") or "uint8",
+            "skip_modules": tuple(stored.get("llm_int8_skip_modules") or ()),
+            "blocksize": _stored_blocksize(folder) or section.blocksize,
+        }
+    )
+
+
+def _stored_blocksize(folder: BaseFolder) -> int | None:
+    """That of the first 4-bit weight in the files; None where there is none."""
+    source = Source(folder)
+    packed = stored_constants(source.entries)
+    names = packed[min(packed)] if packed else []
+    return int(stored_facts({name: source.read(name) for name in names})["blocksize"]) if names else None
 
 
 def load_tokenizer(folder: BaseFolder) -> Any:
@@ -85,9 +125,11 @@ def load_base(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Any:
-    """The model on `device`, frozen, its unquantised weights in `dtype`. `ModelError` for weights that do not fit."""
+    """The model on `device`, frozen, its unquantised weights in `dtype`. `ModelError` for weights that do not fit.
+    Weights that are stored in 4 bits stay as they are, whatever `quantization` says."""
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
-    if quantization.type != "none":
+    packed = is_packed(load_config(folder))
+    if quantization.type != "none" and not packed:
         options["quantization_config"] = loading_config(quantization, dtype)
     if section.attention != "auto":
         options["attn_implementation"] = section.attention
@@ -105,6 +147,8 @@ def load_base(
         raise ModelError(f"{folder.name}: cannot be loaded: {_first_line(error)}", fix=_load_fix(section)) from error
     _check_complete(folder, info)
     _check_shapes(folder, model)
+    if packed:
+        _compute_in(model, dtype)
     keep_packed_format(model)
     model.requires_grad_(False)
     return model
@@ -131,6 +175,19 @@ def _check_shapes(folder: BaseFolder, model: Any) -> None:
     for name, layer in four_bit_layers(model).items():
         if quantized_shape(layer) != linear_shape(layer):
             raise _wrong_shape(folder, f"{name} is {quantized_shape(layer)} there, {linear_shape(layer)} here")
+
+
+def _compute_in(model: Any, dtype: torch.dtype) -> None:
+    """transformers leaves what is stored beside 4-bit weights in the type of the files, and computes in the stored
+    compute type."""
+    layers = four_bit_layers(model)
+    for layer in layers.values():
+        layer.compute_dtype, layer.compute_type_is_set = dtype, True
+    packed = {id(layer.weight) for layer in layers.values()}
+    for parameter in model.parameters():
+        if id(parameter) not in packed and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def _wrong_shape(folder: BaseFolder, detail: str) -> ModelError:

@@ -6,7 +6,11 @@ codes and constants that quantisation gave it; nothing repacks or rounds them af
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +30,11 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer  # noq
 from qlora_cli.recipe.schema import QuantizationSection  # noqa: E402
 
 METHOD = "qlora_4bit"
+_STATE = ".quant_state.bitsandbytes__"
+CHUNK = 1 << 20
+"""Elements quantised at once on a CPU: a multiple of every blocksize, small beside a layer."""
+STATE_BLOCKSIZE = 256
+"""Constants that share one constant of theirs (Dettmers et al. 2023, arXiv:2305.14314, section 3)."""
 
 
 @register_quantization_config(METHOD)
@@ -42,6 +51,11 @@ class FourBitConfig(BitsAndBytesConfig):
 class FourBitQuantizer(Bnb4BitHfQuantizer):
     """Quantises while loading, and hands each weight the blocksize before its values arrive."""
 
+    def get_modules_to_not_convert(self, model: Any, skip_modules: Any = None, *args: Any, **kwargs: Any) -> list[str]:
+        """Names given are added to the defaults (head, tied weights), where transformers would replace those."""
+        usual = super().get_modules_to_not_convert(model, None, *args, **kwargs)
+        return [*usual, *(name for name in skip_modules or () if name not in usual)]
+
     def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, *args, **kwargs)
         for layer in four_bit_layers(model).values():
@@ -49,15 +63,27 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
 
 
 def loading_config(section: QuantizationSection, compute_dtype: torch.dtype) -> FourBitConfig:
-    """What `from_pretrained` needs to quantise on load. Head, embeddings and tied weights are left out by default;
-    naming modules to skip would replace that default, so none are named."""
+    """What `from_pretrained` needs to quantise on load."""
     return FourBitConfig(
         blocksize=section.blocksize,
         bnb_4bit_quant_type=section.type,
         bnb_4bit_use_double_quant=section.double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=section.storage_dtype,
+        llm_int8_skip_modules=list(section.skip_modules) or None,
     )
+
+
+def four_bit_skeleton(model: Any, section: QuantizationSection, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """(`model`, on the meta device, with the 4-bit layers that loading with `section` would make; names left out)."""
+    quantizer = FourBitQuantizer(loading_config(section, dtype), pre_quantized=False)
+    quantizer._process_model_before_weight_loading(model, device_map=None)
+    return model, list(quantizer.modules_to_not_convert)
+
+
+def is_transposed(layer: Any) -> bool:
+    """Whether the layer's weight is [in, out] in files: GPT-2's Conv1D."""
+    return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)
 
 
 def is_four_bit(module: nn.Module) -> bool:
@@ -98,6 +124,68 @@ def dequantize(layer: Any) -> Tensor:
     return bnb_functional.dequantize_4bit(layer.weight.data, state)
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A quantised weight: codes [elements/2, 1], two in a byte, and what it takes to undo it."""
+
+    codes: Tensor
+    state: Any
+
+    def dequantize(self) -> Tensor:
+        """The weight in the type that it was quantised from."""
+        weight: Tensor = bnb_functional.dequantize_4bit(self.codes, self.state)
+        return weight
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """What transformers stores for a weight of this name."""
+        state = self.state.as_dict(packed=True)
+        return {name: self.codes, **{f"{name}.{key}": value.cpu() for key, value in state.items()}}
+
+    @property
+    def bytes(self) -> int:
+        """Codes and constants; the tables of code values, equal for all layers, are not counted."""
+        return self.codes.numel() * self.codes.element_size() + constant_bytes(self.state)
+
+
+def quantize(weight: Tensor, section: QuantizationSection) -> Packed:
+    """`weight` in 4 bits, bit for bit as bitsandbytes quantises it whole; on a CPU in chunks and threads, since blocks
+    are independent of each other."""
+    storage = getattr(torch, section.storage_dtype)
+    options = {"blocksize": section.blocksize, "quant_type": section.type, "quant_storage": torch.uint8}
+    flat = weight.reshape(-1)
+    chunks = flat.split(CHUNK) if flat.device.type == "cpu" else [flat]
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        done = list(pool.map(lambda chunk: bnb_functional.quantize_4bit(chunk, **options), chunks))
+    codes, state = torch.cat([codes for codes, _ in done]), done[0][1]
+    state.shape, state.absmax = weight.shape, torch.cat([each.absmax for _, each in done])
+    if section.double_quant:
+        state.offset = state.absmax.mean()
+        centred = state.absmax - state.offset
+        state.absmax, state.state2 = bnb_functional.quantize_blockwise(centred, blocksize=STATE_BLOCKSIZE)
+        state.nested = True
+    return Packed(codes.reshape(-1).view(storage).unsqueeze(1), state)
+
+
+def stored_packed(name: str, tensors: Mapping[str, Tensor], device: torch.device) -> Packed:
+    """A weight from what transformers stored for it (`Packed.tensors`)."""
+    state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key != name}
+    return Packed(tensors[name].to(device), bnb_functional.QuantState.from_dict(state, device=device))
+
+
+def stored_constants(names: Iterable[str]) -> dict[str, list[str]]:
+    """Of the tensors in a model's files: each weight that is stored in 4 bits, and the names of its constants."""
+    known = list(names)
+    packed = [name.partition(_STATE)[0] for name in known if _STATE in name]
+    return {weight: [name for name in known if name.startswith(f"{weight}.")] for weight in packed}
+
+
+def stored_facts(constants: Mapping[str, Tensor]) -> dict[str, Any]:
+    """blocksize, shape, dtype and quant_type of a weight that is stored in 4 bits, from its constants."""
+    state = next(value for name, value in constants.items() if _STATE in name)
+    facts: dict[str, Any] = json.loads(bytes(state.tolist()))
+    return facts
+
+
 def quantized_shape(layer: Any) -> tuple[int, int]:
     """(out, in) of the weight that was quantised into this layer."""
     out_features, in_features = layer.weight.quant_state.shape
@@ -106,11 +194,67 @@ def quantized_shape(layer: Any) -> tuple[int, int]:
 
 def stored_bytes(layer: Any) -> int:
     """Bytes of packed codes and constants."""
-    state = layer.weight.quant_state
+    return Packed(layer.weight.data, layer.weight.quant_state).bytes
+
+
+def constant_bytes(state: Any) -> int:
+    """Bytes of the quantization constants, and of theirs."""
     constants = [state.absmax, *((state.state2.absmax,) if state.nested else ())]
-    return sum(t.numel() * t.element_size() for t in (layer.weight.data, *constants))
+    return sum(constant.numel() * constant.element_size() for constant in constants)
 
 
 def cpu_has_native_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 natively (AVX512-BF16)."""
     return bool(bnb_functional.has_avx512bf16())
+
+
+# Decoding: a copy of the weight in the layout of bitsandbytes' AVX512-BF16 kernel. That kernel wins while rows are few.
+
+
+@dataclass(frozen=True)
+class PackedCopy:
+    """A 4-bit weight [out, in] once more, for bitsandbytes' AVX512-BF16 kernel; its constants are rounded to bfloat16,
+    at most 0.4 % off each."""
+
+    codes: Tensor
+    """[out, in / 2] bytes: of 32 rows, byte i of a pair of columns holds rows i // 2 and 16 + i // 2, column i % 2."""
+    absmax: Tensor
+    """[in / blocksize, out] in bfloat16."""
+    code: Tensor
+    blocksize: int
+
+    def product(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out] in bfloat16."""
+        shape = (self.codes.shape[0], 2 * self.codes.shape[1])
+        return torch.ops.bitsandbytes.gemv_4bit.default(x, self.codes, shape, self.absmax, self.code, self.blocksize)
+
+    @property
+    def bytes(self) -> int:
+        """What the copy holds."""
+        return sum(t.numel() * t.element_size() for t in (self.codes, self.absmax))
+
+
+def has_packed_product(layer: Any) -> bool:
+    """Whether bitsandbytes' AVX512-BF16 kernel takes this 4-bit layer."""
+    out_features, in_features = quantized_shape(layer)
+    state = layer.weight.quant_state
+    fits = out_features % 32 == 0 and in_features % state.blocksize == 0 and layer.compute_dtype == torch.bfloat16
+    return fits and layer.weight.device.type == "cpu" and cpu_has_native_bf16()
+
+
+def packed_copy(layer: Any) -> PackedCopy:
+    """A copy of the layer's weight in the packed layout; the same as bitsandbytes' own conversion makes in place."""
+    state = layer.weight.quant_state
+    rows, columns = state.shape
+    stored = layer.weight.data.view(torch.uint8).view(rows // 32, 32, columns // 2).transpose(1, 2).contiguous()
+    first, second = stored[..., :16], stored[..., 16:]
+    even, odd = (first >> 4) | (second & 0xF0), (first & 0xF) | (second << 4)
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb_functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    return PackedCopy(
+        codes=torch.stack([even, odd], -1).view(rows, columns // 2),
+        absmax=absmax.float().view(rows, -1).T.to(torch.bfloat16).contiguous(),
+        code=state.code,
+        blocksize=state.blocksize,
+    )

@@ -51,6 +51,10 @@ class QuantizationSection(Section):
     storage_dtype: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
         "uint8", description="Type of the tensor that holds the packed 4-bit weights; no effect on values."
     )
+    skip_modules: tuple[Name, ...] = Field(
+        (),
+        description="Layers to leave in 16 bits besides head and tied weights: full names or their ends (`down_proj`).",
+    )
 
 
 class LoraSection(Section):

@@ -7,6 +7,7 @@ log file and `--json` say the same.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,6 +102,41 @@ class Progress:
     def as_json(self) -> dict[str, Any]:
         """See `Event`."""
         return {"event": "step", "total": self.total, "memory_bytes": self.memory_bytes, **asdict(self.report)}
+
+
+@dataclass(frozen=True)
+class Working:
+    """`done` of `total` bytes of some work after `seconds`; `logged` about every tenth."""
+
+    what: str
+    done: int
+    total: int
+    seconds: float
+    logged: bool
+
+    def line(self) -> str:
+        """See `Event`."""
+        pace = self.done / self.seconds if self.seconds > 0 else 0.0
+        eta = duration((self.total - self.done) / pace) if pace else "?"
+        return f"{self.what}  {self.done / self.total:.0%} of {size(self.total)}  {size(pace)}/s  eta {eta}"
+
+    def as_json(self) -> dict[str, Any]:
+        """See `Event`."""
+        return {"event": "progress", **asdict(self)}
+
+
+class Meter:
+    """Tells how far a work of `total` bytes has come."""
+
+    def __init__(self, what: str, total: int, emit: Emit) -> None:
+        self._what, self._total, self._emit = what, max(1, total), emit
+        self._done, self._started = 0, time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        """`count` more bytes are done."""
+        before, self._done = self._done, self._done + count
+        logged = before * 10 // self._total != self._done * 10 // self._total
+        self._emit(Working(self._what, self._done, self._total, time.monotonic() - self._started, logged))
 
 
 @dataclass(frozen=True)
