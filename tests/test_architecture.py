@@ -21,7 +21,7 @@ LAYERS: dict[str, set[str]] = {
     "training": {"data", "model", "recipe", "files", "errors"},
     "evaluation": {"data", "model", "recipe", "files", "errors"},
     "generation": {"model", "recipe", "files", "errors"},
-    "export": {"model", "recipe", "files", "errors", "__init__"},
+    "export": {"model", "recipe", "files", "hub", "errors", "__init__"},
     "data": {"recipe", "files", "hub", "errors"},
     "model": {"recipe", "files", "hub", "errors"},
     "recipe": {"errors"},

@@ -62,7 +62,7 @@ class BaseWeights:
         self.source = Source(folder)
         self.is_packed = is_packed(config)
         self.section = stored_quantization(folder, config, section) if self.is_packed else section
-        self.dtype, self._device = dtype, device
+        self.dtype, self.device = dtype, device
         self.config, self.model, self.skipped = config, meta_model(_unpacked(config)), list[str]()
         if self.section.type != "none":
             self.model, self.skipped = four_bit_skeleton(self.model, self.section, dtype)
@@ -88,8 +88,8 @@ class BaseWeights:
         """The 4-bit weight `name`: read, or quantised now."""
         if name in self.constants:
             tensors = {each: self.source.read(each) for each in (name, *self.constants[name])}
-            return stored_packed(name, tensors, self._device)
-        weight = self.source.read(name).to(self._device, self.dtype)
+            return stored_packed(name, tensors, self.device)
+        weight = self.source.read(name).to(self.device, self.dtype)
         return quantize(weight.T if self.layers[name].transposed else weight, self.section)
 
     def weight(self, name: str) -> Tensor:
@@ -101,7 +101,7 @@ class BaseWeights:
 
     def original(self, name: str) -> Tensor:
         """[out, in] the linear weight `name` as the files have it."""
-        weight = self.source.read(name).to(self._device)
+        weight = self.source.read(name).to(self.device)
         return weight.T if self.layers[name].transposed else weight
 
     def elements(self, name: str) -> int:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora_cli.errors import ModelError, Problem
-from qlora_cli.files import disk_errors, staged_folder, write_json
+from qlora_cli.files import MANIFEST, disk_errors, manifest_problems, staged_folder, write_json, write_manifest
 from qlora_cli.model.folder import read_json
 from qlora_cli.model.lora import LoraLinear, linear_layers
 from qlora_cli.recipe.schema import LoraSection
@@ -75,6 +75,7 @@ def save_adapter(
         write_json(folder / CONFIG, config)
         beside(folder)
         verify_adapter(folder, tensors)
+        write_manifest(folder)
 
 
 def verify_adapter(folder: Path, expected: Mapping[str, Tensor]) -> None:
@@ -104,6 +105,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder} is not an adapter: {CONFIG} and {WEIGHTS} must be in it",
             fix="name a run directory, or its adapter/ folder",
         )
+    _check_manifest(folder)
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder}: peft_type is {config.get('peft_type')}; only LORA adapters are read")
@@ -115,17 +117,34 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
 
 
+def _check_manifest(folder: Path) -> None:
+    """Every file but the card, which anybody may edit, is as it was written."""
+    problems = [problem for problem in manifest_problems(folder) if not problem.startswith("README.md")]
+    if problems:
+        raise ModelError(
+            f"{folder} is damaged: {'; '.join(problems)}",
+            why=f"{MANIFEST} beside it says what was written",
+            fix="take it from a copy or a checkpoint, or train again",
+        )
+
+
+def mismatches(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> list[str]:
+    """What of an adapter's tensors lacks, fits no layer, or has another shape than expected."""
+    problems = [f"{key} is not in the file" for key in expected.keys() - tensors.keys()]
+    problems += [f"{key} fits no layer of this model" for key in tensors.keys() - expected.keys()]
+    for key in expected.keys() & tensors.keys():
+        if expected[key] != tuple(tensors[key].shape):
+            problems.append(f"{key} is {tuple(tensors[key].shape)}, the layer wants {expected[key]}")
+    return sorted(problems)
+
+
 @torch.no_grad()
 def load_into(layers: Mapping[str, LoraLinear], tensors: Mapping[str, Tensor], source: Path) -> None:
     """Copies tensors into the layers; every name and shape must match, and all that do not are named at once."""
     targets = {f"{PREFIX}{n}.lora_A.weight": layer.lora_a for n, layer in layers.items()}
     targets |= {f"{PREFIX}{n}.lora_B.weight": layer.lora_b for n, layer in layers.items()}
-    problems = [f"{key} is not in the file" for key in targets.keys() - tensors.keys()]
-    problems += [f"{key} fits no layer of this model" for key in tensors.keys() - targets.keys()]
-    for key in targets.keys() & tensors.keys():
-        if targets[key].shape != tensors[key].shape:
-            problems.append(f"{key} is {tuple(tensors[key].shape)}, the layer wants {tuple(targets[key].shape)}")
+    problems = mismatches({key: tuple(parameter.shape) for key, parameter in targets.items()}, tensors)
     if problems:
-        raise ModelError.of([Problem(text, where=str(source)) for text in sorted(problems)])
+        raise ModelError.of([Problem(text, where=str(source)) for text in problems])
     for key, parameter in targets.items():
         parameter.copy_(tensors[key])

@@ -10,7 +10,8 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -126,6 +127,20 @@ def attach(model: Any, lora: LoraSection, compute_dtype: torch.dtype, seed: int)
         adapters[name].initialize(seed, name)
         model.set_submodule(name, adapters[name])
     return adapters
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """Within it, the model computes as its base does."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    scalings = [layer.scaling for layer in layers]
+    for layer in layers:
+        layer.scaling = 0.0
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, scalings, strict=True):
+            layer.scaling = scaling
 
 
 def adapter_parameters(layers: Mapping[str, nn.Module], r: int) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.errors import ModelError
-from qlora_cli.files import disk_errors, staged_folder
+from qlora_cli.files import disk_errors, staged_folder, write_manifest
 from qlora_cli.model.adapter import adapter_config, adapter_tensors, load_into, save_adapter
 from qlora_cli.model.lora import attach
 from qlora_cli.recipe.schema import LoraSection
@@ -103,6 +103,7 @@ class TrainedModel:
                 self._model.save_pretrained(folder)
             beside(folder)
             self._verify(folder)
+            write_manifest(folder)
 
     def _verify(self, folder: Path) -> None:
         read = AutoModelForCausalLM.from_pretrained(folder, dtype=self._model.dtype, use_safetensors=True)

@@ -5,9 +5,10 @@ Sees the whole recipe. Invariant: the card states what this run measured, and no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora_cli import __version__
 from qlora_cli.evaluation.perplexity import EvalResult
@@ -32,7 +33,8 @@ def beside(ready: Prepared, resolved: str, outcome: Outcome) -> Callable[[Path],
     what a later reader compares to learn whether base or data are still those of the training."""
     data = {source.source: source.sha256 for source in ready.data.receipt.sources}
     place = str(ready.folder.path.absolute()) if ready.folder.revision is None else None
-    origin = {"base": ready.folder.fingerprint, "base_folder": place, "data": data}
+    computed = str(ready.dtype).removeprefix("torch.")
+    origin = {"base": ready.folder.fingerprint, "base_folder": place, "data": data, "compute_dtype": computed}
 
     def write(folder: Path) -> None:
         with disk_errors(folder):
@@ -52,7 +54,7 @@ def model_card(ready: Prepared, outcome: Outcome) -> str:
     return "\n".join(
         [
             "---",
-            f"base_model: {recipe.model.base}",
+            *base_line(recipe, {"base_folder": None if ready.folder.revision else "local"}),
             "library_name: peft" if recipe.lora else "library_name: transformers",
             "pipeline_tag: text-generation",
             "tags: [qlora, lora]" if recipe.lora else "tags: [fine-tuned]",
@@ -74,6 +76,11 @@ def model_card(ready: Prepared, outcome: Outcome) -> str:
             "",
         ]
     )
+
+
+def base_line(recipe: Recipe, origin: Mapping[str, Any]) -> list[str]:
+    """The card's `base_model`, which the Hub reads as the id of a repository: left out for a folder of this machine."""
+    return [] if origin.get("base_folder") else [f"base_model: {recipe.model.base}"]
 
 
 def _quantization(recipe: Recipe) -> str:

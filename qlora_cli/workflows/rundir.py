@@ -20,13 +20,33 @@ from qlora_cli.files import disk_errors, write_json, write_text
 STATUS = "status.json"
 
 
-def check_unused(path: Path) -> None:
-    """Raises `RunDirectoryError` unless `path` is new, empty, or left by a run that ended before its first step."""
+def _check_place(path: Path) -> None:
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not existing.is_dir():
-        raise RunDirectoryError(f"{existing} is a file", fix="name another run directory with -o DIR")
+        raise RunDirectoryError(f"{existing} is a file", fix="name another directory with -o DIR")
     if not os.access(existing, os.W_OK):
-        raise DiskError(f"{existing} cannot be written to", fix="name another run directory with -o DIR")
+        raise DiskError(f"{existing} cannot be written to", fix="name another directory with -o DIR")
+
+
+def check_replaceable(path: Path, overwrite: bool, mark: str) -> None:
+    """Raises `RunDirectoryError` unless `path` is new or empty, or may be replaced: it holds the file `mark`, which
+    only this command writes, and the user said so."""
+    _check_place(path)
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise RunDirectoryError(f"{path} exists", fix="name another directory with -o DIR, or add --overwrite")
+    if not (path / mark).is_file():
+        raise RunDirectoryError(
+            f"{path} was not written by this command",
+            why=f"--overwrite replaces a folder that holds {mark}, and nothing else",
+            fix="name another directory with -o DIR, or move it away",
+        )
+
+
+def check_unused(path: Path) -> None:
+    """Raises `RunDirectoryError` unless `path` is new, empty, or left by a run that ended before its first step."""
+    _check_place(path)
     if path.is_dir() and any(path.iterdir()) and not _never_began(path):
         raise RunDirectoryError(
             f"{path} is not empty",
