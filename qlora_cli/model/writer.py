@@ -9,6 +9,7 @@ the format allows it to be padded with spaces.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,8 +44,9 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._file is not None:  # an error is on its way, and closing would only repeat it
+            with contextlib.suppress(OSError):
+                self._file.close()
 
     @property
     def names(self) -> set[str]:

@@ -16,6 +16,7 @@ from qlora_cli.model.ranks import Ranks
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.training.guard import memory_guard
+from qlora_cli.workflows.card import RECIPE_FILE
 from qlora_cli.workflows.events import Emit, Stage, eval_json
 from qlora_cli.workflows.locate import Found, find, is_model, load_model, tell_changes, tokenizer_of
 
@@ -40,7 +41,7 @@ class EvalOutcome:
         return {"event": "result", "base": self.base, "adapter": adapter, "data": self.data, **eval_json(self.result)}
 
 
-def run_eval(target: str, adapter: Path | None, emit: Emit) -> EvalOutcome:
+def run_eval(target: str, adapter: Path | None, emit: Emit, allow_changed_base: bool = False) -> EvalOutcome:
     """Evaluates a run's adapter, or a recipe's base (with `adapter`, when given). Data and base are read anew."""
     found = _find(target, adapter)
     recipe = found.recipe
@@ -49,7 +50,7 @@ def run_eval(target: str, adapter: Path | None, emit: Emit) -> EvalOutcome:
         tell_changes("data", sources, found.adapter, emit)
     emit(Stage(f"loading {recipe.model.base}"))
     with memory_guard("loading the base model"):
-        loaded = load_model(found, emit)
+        loaded = load_model(found, emit, allow_changed_base)
     emit(Stage(f"evaluating on {len(rows):,} held-out rows"))
     with memory_guard("evaluating"):
         result = evaluate(loaded.model, rows, recipe.eval.batch_size, Ranks(loaded.device))
@@ -59,9 +60,11 @@ def run_eval(target: str, adapter: Path | None, emit: Emit) -> EvalOutcome:
 def _find(target: str, adapter: Path | None) -> Found:
     """A run's own recipe, or a recipe file; with `adapter`, its rows on the base and template of that."""
     path = Path(target)
-    if path.is_dir() and is_model(path) and adapter is None:
+    if is_model(path) and not (path / RECIPE_FILE).is_file() and adapter is None:
         raise ModelError(
-            f"{target} is a model", why="eval takes rows from a run or a recipe", fix="name a run directory or a recipe"
+            f"{target} is a model without {RECIPE_FILE}",
+            why="eval takes rows from a run, a merged model or a recipe",
+            fix=f"name one of those, e.g. a recipe with model.base: {target}",
         )
     if adapter is None:
         return find(target, None) if path.is_dir() else _base_of(load_recipe(target).recipe)
