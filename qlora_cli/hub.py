@@ -10,17 +10,17 @@ import os
 import socket
 from urllib.parse import urlparse
 
-import huggingface_hub
+from huggingface_hub import constants
 
 
 def hub_reachable() -> bool:
     """False in offline mode, and where the Hub's name does not resolve and no proxy could resolve it."""
-    if huggingface_hub.constants.is_offline_mode():
+    if constants.is_offline_mode():
         return False
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return True
     try:
-        socket.getaddrinfo(urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443)
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
     except OSError:
         return False
     return True

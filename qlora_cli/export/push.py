@@ -10,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import validate_repo_id
 
 from qlora_cli.errors import MachineError
 from qlora_cli.hub import hub_reachable
@@ -20,7 +21,7 @@ KEPT_HERE = ["*/.tmp-*", ".tmp-*"]
 def check_push(repository: str) -> None:
     """Raises `MachineError` when `repository` is no Hub id, the Hub is out of reach, or nobody is logged in."""
     try:
-        huggingface_hub.utils.validate_repo_id(repository)
+        validate_repo_id(repository)
     except hub_errors.HFValidationError as error:
         raise MachineError(f"--push {repository}: not a Hub id: {error}", fix="name it as USER/NAME") from error
     if not hub_reachable():
