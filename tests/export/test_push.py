@@ -72,7 +72,14 @@ class Handler(BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     self.server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            self._send(200, {"commitUrl": f"{self.server.address}/c", "commitOid": "1" * 40, "success": True})
+            self._send(
+                200,
+                {
+                    "commitUrl": f"{self.server.address}/someone/merged/commit/{'1' * 40}",
+                    "commitOid": "1" * 40,
+                    "success": True,
+                },
+            )
         else:
             self._send(404, {"error": self.path})
 
