@@ -10,12 +10,16 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
+import qlora_cli.cli.options as opt
 from qlora_cli import __version__
-from qlora_cli.cli.options import Adapter, Json, Output, Overrides, Quiet
+from qlora_cli.cli.merge import merge
+from qlora_cli.cli.options import Adapter, AllowChangedBase, Json, Output, Overrides, Quiet
+from qlora_cli.cli.quantize import quantize
+from qlora_cli.cli.settings import SETTINGS
 from qlora_cli.errors import QloraError
 
 app = typer.Typer(
@@ -81,6 +85,7 @@ def train(
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A run directory, or a recipe.")],
     adapter: Adapter = None,
+    allow_changed_base: AllowChangedBase = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -94,49 +99,60 @@ def evaluate(
 
     quiet_libraries()
     console = Console(as_json, quiet)
-    outcome = run_eval(target, adapter, console)
+    outcome = run_eval(target, adapter, console, allow_changed_base)
     console.result(outcome.line(), outcome.as_json())
+
+
+app.command()(quantize)
+app.command()(merge)
 
 
 @app.command()
 def chat(
-    target: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Argument(metavar="[RUN|MODEL]", help="A run directory, a model folder, or a Hub id."),
-    ] = None,
-    adapter: Adapter = None,
-    prompt: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this and exit; without it, read turns from stdin."),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token; higher varies more.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option("--top-p", min=0.01, max=1.0, help="Draw from the likeliest tokens of this mass.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the draws.")] = 0,
+    target: opt.ChatTarget = None,
+    adapter: opt.ChatAdapters = None,
+    quantization: opt.Quantization = opt.Storage.auto,
+    allow_changed_base: AllowChangedBase = False,
+    prompt: opt.Prompt = None,
+    prompts: opt.Prompts = None,
+    batch_size: opt.BatchSize = 32,
+    system: opt.System = None,
+    max_new_tokens: opt.MaxNewTokens = None,
+    temperature: opt.Temperature = None,
+    top_p: opt.TopP = None,
+    top_k: opt.TopK = None,
+    min_p: opt.MinP = None,
+    repetition_penalty: opt.RepetitionPenalty = None,
+    seed: opt.Seed = None,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Talk to a model.
 
-    With an adapter: in the template, quantization and stop tokens that it was trained with.
+    With an adapter: on the base, in the template, quantization and stop tokens that it was trained with. Without
+    --prompt or --prompts it reads turns: typed ones (try /help), or one per line of stdin.
     """
-    if target is None and adapter is None:
+    given = {name: value for name, value in locals().items() if name in SETTINGS and value is not None}
+    if target is None and not adapter:
         raise typer.BadParameter("name a run directory or a model, or give --adapter DIR")
+    if prompt is not None and prompts is not None:
+        raise typer.BadParameter("give --prompt or --prompts, not both")
 
     from qlora_cli.cli.console import Console
-    from qlora_cli.workflows.chat import Decoding, open_talk
+    from qlora_cli.cli.converse import answer_prompts, converse, decoding_of
+    from qlora_cli.workflows.chat import open_talk, read_prompts
     from qlora_cli.workflows.quiet import quiet_libraries
 
     quiet_libraries()
-    console = Console(quiet=quiet)
-    talk = open_talk(target, adapter, console)
-    decoding = Decoding(max_tokens, temperature, top_p, seed)
-    turns = [prompt] if prompt is not None else console.turns()
-    for turn in turns:
-        console.answer(talk.say(turn, decoding))
+    console = Console(as_json, quiet)
+    rows = read_prompts(prompts) if prompts is not None else None
+    talk = open_talk(target, adapter, console, quantization.value, allow_changed_base)
+    talk.instruct(system)
+    decoding = decoding_of(talk, console, given)
+    if rows is not None:
+        answer_prompts(talk, console, decoding, rows, batch_size)
+    else:
+        converse(talk, console, decoding, prompt)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

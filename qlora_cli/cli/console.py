@@ -11,13 +11,21 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TextIO
 
-from qlora_cli.errors import DeviceMemoryError, DiskError, QloraError
+from qlora_cli.errors import DataError, DeviceMemoryError, DiskError, QloraError
 
 WIDE_ENOUGH_FOR_A_BAR = 100
 """Columns; the figures alone take about 80."""
+NARROWEST_COLUMN = 28
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | dict.fromkeys(
+    range(127, 160), 0x2421
+)
+
+
+class StdoutError(DiskError):
+    """Nobody reads stdout any more, or the file behind it is full."""
 
 
 class Event(Protocol):
@@ -53,10 +61,10 @@ class Console:
             self._show(event, value)
 
     def _show(self, event: Event, value: Mapping[str, Any]) -> None:
-        is_step = value["event"] == "step"
-        if self._live and is_step:
-            self._live.update(event.line(), value["step"], value["total"])
-        elif not is_step or getattr(event, "logged", True):
+        advance = {"step": "step", "progress": "done"}.get(value["event"])
+        if self._live and advance:
+            self._live.update(event.line(), value[advance], value["total"])
+        elif not advance or getattr(event, "logged", True):
             self._above(event.line())
 
     def _above(self, line: str) -> None:
@@ -82,27 +90,116 @@ class Console:
         else:
             _to_stdout(f"{text}\n")
 
-    def answer(self, pieces: Iterable[str]) -> None:
-        """A streamed answer, on stdout."""
-        for piece in pieces:
-            _to_stdout(piece)
-        _to_stdout("\n")
+    def answer(self, pieces: Iterable[str], told: Callable[[], Event | None] = lambda: None) -> None:
+        """A streamed answer, on stdout; with `--json` what `told` has of it when it is there."""
+        said = False
+        try:
+            for piece in pieces:
+                if not self._json:
+                    _to_stdout(_harmless(piece, sys.stdout))
+                said = True
+        except BaseException:
+            if said and not self._json:
+                _to_stdout("\n")
+            raise
+        event = told()
+        if not self._json:
+            _to_stdout("\n")
+        elif event is not None:
+            _print_json(event.as_json())
+
+    @property
+    def typed(self) -> bool:
+        """Whether a person types at stdin, and reads what is not JSON."""
+        return sys.stdin.isatty() and not self._json
 
     def turns(self) -> Iterator[str]:
-        """The user's turns from stdin, until its end. The prompt goes to stderr, and only to a terminal."""
-        typed = sys.stdin.isatty()
-        if typed:
-            print("Ctrl-D ends the conversation.", file=sys.stderr)
-        while True:
-            if typed:
-                print("> ", end="", file=sys.stderr, flush=True)
-            line = sys.stdin.readline()
-            if not line:
-                if typed:
-                    print(file=sys.stderr)
-                return
-            if line.strip():
-                yield line.rstrip("\n")
+        """The user's turns from stdin, one per line, until its end."""
+        with _decoding_errors():
+            while line := sys.stdin.readline():
+                if line.strip():
+                    yield line.rstrip("\n")
+
+    def everything(self) -> str:
+        """All of stdin, without its last line break."""
+        with _decoding_errors():
+            return sys.stdin.read().removesuffix("\n")
+
+    def ask(self, prompt: str) -> str | None:
+        """What is typed next: lines that end in a backslash go on. Empty where Ctrl-C cleared it; None at the end."""
+        try:
+            lines = [_typed_line(prompt)]
+            while lines[-1].endswith("\\"):
+                lines[-1] = lines[-1][:-1]
+                lines.append(_typed_line(". "))
+        except EOFError:
+            self.hint("")
+            return None
+        except KeyboardInterrupt:
+            self.hint("")
+            return ""
+        except UnicodeDecodeError:
+            self.hint("error: that was not UTF-8")
+            return ""
+        return "\n".join(lines)
+
+    def hint(self, text: str) -> None:
+        """An answer of the program rather than of a model, on stderr."""
+        print(_harmless(text, sys.stderr), file=sys.stderr, flush=True)
+
+    def status(self, text: str) -> None:
+        """Figures beside an answer, dim where the terminal can, on stderr."""
+        if self._lines:
+            dim = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+            print(f"\x1b[2m{text}\x1b[0m" if dim else text, file=sys.stderr, flush=True)
+
+    def problem(self, error: QloraError) -> None:
+        """An error after which the command goes on."""
+        show_error(error)
+
+    def side_by_side(self, texts: Mapping[str, str]) -> None:
+        """Texts under their names, on stdout: in columns where those are wide enough, else one after the other."""
+        from rich.console import Console as RichConsole
+        from rich.table import Table
+        from rich.text import Text
+
+        console = RichConsole(file=sys.stdout, highlight=False)
+        shown = {name: _harmless(text, sys.stdout) for name, text in texts.items()}
+        if console.width < NARROWEST_COLUMN * len(shown):
+            _to_stdout("\n".join(f"--- {name}\n{text}" for name, text in shown.items()) + "\n")
+            return
+        table = Table(expand=True)
+        for name in shown:
+            table.add_column(Text(name), ratio=1, overflow="fold")
+        table.add_row(*map(Text, shown.values()))
+        with console.capture() as shown_table:
+            console.print(table)
+        _to_stdout(shown_table.get())
+
+
+def _typed_line(prompt: str) -> str:
+    """A line from the terminal, edited with readline where it was imported; the prompt is no result, so it goes to
+    stderr where stdout is a file."""
+    if sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\n")
+
+
+@contextlib.contextmanager
+def _decoding_errors() -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin is not UTF-8: {error.reason}", fix="convert it, e.g. with iconv") from error
+
+
+def _harmless(text: str, stream: TextIO) -> str:
+    """On a terminal, control characters, which could move the cursor or do worse, as pictures of themselves."""
+    return text.translate(PICTURES) if stream.isatty() else text
 
 
 class _LiveLine:
@@ -122,7 +219,7 @@ class _LiveLine:
         if self._task is None:
             self._progress.start()
             self._task = self._progress.add_task("", total=total)
-        self._progress.update(self._task, completed=step, description=line)
+        self._progress.update(self._task, completed=step, total=total, description=line)
 
     def above(self, line: str) -> None:
         self._console.print(line, markup=False, soft_wrap=True)
@@ -137,14 +234,14 @@ def _print_json(value: Mapping[str, Any]) -> None:
 
 
 def _to_stdout(text: str) -> None:
-    """Raises `DiskError` when nobody reads there any more, or the file behind it is full."""
+    """Raises `StdoutError` when nobody reads there any more, or the file behind it is full."""
     try:
         print(text, end="", flush=True)
     except OSError as error:
         with contextlib.suppress(OSError):
             sys.stdout.close()  # or Python would fail once more at its exit
         fix = "what was saved stands; read it in its folder"
-        raise DiskError(f"cannot write to stdout: {error.strerror}", fix=fix) from error
+        raise StdoutError(f"cannot write to stdout: {error.strerror}", fix=fix) from error
 
 
 def show_error(error: QloraError) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -99,6 +99,25 @@ def merge(
     if public and push is None:
         raise typer.BadParameter("--public says how to --push, which is not given")
 
+    options = {
+        "target": run,
+        "adapter": adapter,
+        "output": output,
+        "base": base.value,
+        "dtype": dtype.value,
+        "verify": not no_verify,
+        "verify_data": verify_data,
+        "verify_rows": verify_rows,
+        "tolerance": tolerance,
+        "overwrite": overwrite,
+        "allow_changed_base": allow_changed_base,
+    }
+    _merge(options, portable_adapter, (push, public), (as_json, quiet))
+
+
+def _merge(
+    options: dict[str, Any], portable: bool, upload_to: tuple[str | None, bool], show: tuple[bool, bool]
+) -> None:
     from qlora_cli.cli.console import Console
     from qlora_cli.workflows.merge import MergeOptions, run_merge
     from qlora_cli.workflows.portable import run_portable
@@ -106,23 +125,12 @@ def merge(
     from qlora_cli.workflows.upload import check_push, upload
 
     quiet_libraries()
-    options = MergeOptions(
-        target=run,
-        adapter=adapter,
-        output=output,
-        base=base.value,
-        dtype=dtype.value,
-        verify=not no_verify,
-        verify_data=verify_data,
-        verify_rows=verify_rows,
-        tolerance=tolerance,
-        overwrite=overwrite,
-        allow_changed_base=allow_changed_base,
-    )
-    if push is not None:
-        check_push(push)
-    with Console(as_json, quiet) as console:
-        result = run_portable(options, console) if portable_adapter else run_merge(options, console)
-        if push is not None:
-            upload(result.output, push, public, console)
+    repository, public = upload_to
+    if repository is not None:
+        check_push(repository)
+    with Console(*show) as console:
+        work = run_portable if portable else run_merge
+        result = work(MergeOptions(**options), console)
+        if repository is not None:
+            upload(result.output, repository, public, console)
     console.result(str(result.output), result.as_json())

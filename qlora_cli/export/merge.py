@@ -27,10 +27,8 @@ from qlora_cli.model.writer import SHARD_BYTES, Writer
 from qlora_cli.recipe.schema import LoraSection
 
 Kind = Literal["dequantized", "original", "requantized"]
-ROWS = 512
-"""Rows of a weight that are summed at once."""
-PIECE_BYTES = 1 << 24
-"""How much of a tensor that only changes its type is read at once."""
+PIECE = 1 << 18
+"""About how many elements of a weight are summed or cast at once: what is computed of them stays small and in cache."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ class Merger:
 
     def _cast(self, name: str) -> Iterator[Tensor]:
         """A tensor that no delta is added to, by way of the type that the model computed it in."""
-        for piece in self._weights.source.pieces(name, PIECE_BYTES):
+        for piece in self._weights.source.pieces(name, 16 * PIECE):
             if not piece.is_floating_point():
                 yield piece
             else:
@@ -153,8 +151,9 @@ class Merger:
 
     def _summed(self, name: str, start: Tensor, delta: Delta | None) -> Iterator[Tensor]:
         """Rows of the merged weight."""
-        for first in range(0, len(start), ROWS):
-            before = start[first : first + ROWS].float()
+        rows = max(1, PIECE // start.shape[1])
+        for first in range(0, len(start), rows):
+            before = start[first : first + rows].float()
             if delta is None:
                 yield self._finite(before.to(self._dtype), name)
                 continue

@@ -88,7 +88,9 @@ def stored_quantization(folder: BaseFolder, config: Any, section: QuantizationSe
 
 
 def _stored_blocksize(folder: BaseFolder) -> int | None:
-    """That of the first 4-bit weight in the files; None where there is none."""
+    """That of the first 4-bit weight in the files; None where there is none, or no file yet (a dry run)."""
+    if not folder.weight_files():
+        return None
     source = Source(folder)
     packed = stored_constants(source.entries)
     names = packed[min(packed)] if packed else []

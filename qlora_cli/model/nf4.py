@@ -165,15 +165,20 @@ def quantize(weight: Tensor, section: QuantizationSection) -> Packed:
     """`weight` in 4 bits, bit for bit as bitsandbytes quantises it; on a CPU in threads and much faster."""
     flat = weight.reshape(-1)
     whole = flat.numel() // section.blocksize * section.blocksize if flat.device.type == "cpu" else 0
-    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        chunks = flat[:whole].split(CHUNK) if whole else ()
-        parts = list(pool.map(lambda chunk: _coder(section.type).encode(chunk, section.blocksize), chunks))
+    chunks = flat[:whole].split(CHUNK) if whole else ()
+    parts = list(_threads().map(lambda chunk: _coder(section.type).encode(chunk, section.blocksize), chunks))
     if whole < flat.numel():
         rest = bnb_functional.quantize_4bit(flat[whole:], blocksize=section.blocksize, quant_type=section.type)
         parts.append((rest[0].view(-1), rest[1].absmax))
     codes, absmax = (torch.cat(each) for each in zip(*parts, strict=True))
     state = _state(absmax, weight, section)
     return Packed(codes.view(getattr(torch, section.storage_dtype)).unsqueeze(1), state)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Kept, since every new thread brings a heap of its own."""
+    return ThreadPoolExecutor(max_workers=torch.get_num_threads())
 
 
 @cache

@@ -1,91 +1,104 @@
-"""`qlora chat`: answers from a base model, with or without an adapter.
+"""`qlora chat`: a conversation with a base model, or with the adapters on it.
 
-Sees a model and its template. Invariant: a turn is encoded by the very code that encoded the training rows, and ends
-where a training row's answer ended.
+Sees what the command line names. Invariant: several adapters speak over one base only if all were trained on that base
+in that quantization.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qlora_cli.data.conversation import Message
-from qlora_cli.data.formats import RowError
-from qlora_cli.data.turns import TurnEncoder, turn_encoder
-from qlora_cli.errors import DataError
-from qlora_cli.generation.stream import Decoding, complete_all, stream
+from qlora_cli.errors import ModelError
+from qlora_cli.generation.sampling import Decoding
 from qlora_cli.training.guard import memory_guard
+from qlora_cli.workflows.card import RECIPE_FILE
 from qlora_cli.workflows.events import Emit, Stage
-from qlora_cli.workflows.locate import Loaded, find, load_model
+from qlora_cli.workflows.locate import Found, find, is_model, trained_base
+from qlora_cli.workflows.prompts import Prompt, read_prompts
+from qlora_cli.workflows.talk import Answer, Talk
+from qlora_cli.workflows.voices import load_voices
 
-__all__ = ["Decoding", "Talk", "open_talk"]
+__all__ = ["BASE", "Answer", "Decoding", "Prompt", "Talk", "open_talk", "read_prompts"]
 
-
-class Talk:
-    """A loaded model that answers conversations."""
-
-    def __init__(self, loaded: Loaded) -> None:
-        self._loaded = loaded
-        self._history: list[Message] = []
-        data = loaded.recipe.data
-        self._turns: TurnEncoder = turn_encoder(loaded.tokenizer, data.template, data.format)
-
-    def say(self, text: str, decoding: Decoding) -> Iterator[str]:
-        """Pieces of the answer to the next turn of this conversation."""
-        self._history.append(Message("user", text))
-        pieces = []
-        for piece in self._stream(self._history, decoding):
-            pieces.append(piece)
-            yield piece
-        self._history.append(Message("assistant", "".join(pieces)))
-
-    def _stream(self, messages: Sequence[Message], decoding: Decoding) -> Iterator[str]:
-        """Text, each piece once it can no longer change (a character may take several tokens)."""
-        ids: list[int] = []
-        shown = ""
-        prompt = self._prompt(messages)
-        room = self._room(len(prompt))
-        limited = replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
-        for token in stream(self._loaded.model, prompt, self._turns.stop_ids, limited):
-            ids.append(token)
-            text = self._text(ids)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                yield text[len(shown) :]
-                shown = text
-        yield self._text(ids)[len(shown) :]
-
-    def answer_all(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Greedy answers to many prompts, each a conversation of its own."""
-        encoded = [self._prompt([Message("user", prompt)]) for prompt in prompts]
-        answers = complete_all(self._loaded.model, encoded, self._turns.stop_ids, max_new_tokens)
-        return [self._text(ids) for ids in answers]
-
-    def _room(self, used: int) -> int:
-        """Positions left for an answer."""
-        positions = getattr(self._loaded.model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and used >= positions:
-            raise DataError(
-                f"the conversation has {used:,} tokens, and the model was trained for {positions:,} positions",
-                fix="start a new conversation",
-            )
-        return positions - used if positions is not None else sys.maxsize
-
-    def _prompt(self, messages: Sequence[Message]) -> list[int]:
-        try:
-            return self._turns.prompt(messages)
-        except RowError as error:
-            raise DataError(str(error), fix="start a new conversation") from error
-
-    def _text(self, ids: list[int]) -> str:
-        text: str = self._loaded.tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+BASE = "base"
+"""What the bare base is called among the adapters."""
 
 
-def open_talk(target: str | None, adapter: Path | None, emit: Emit) -> Talk:
-    """The model that `target` (a run, an adapter folder or a model) and `adapter` name."""
-    found = find(target, adapter)
-    emit(Stage(f"loading {found.recipe.model.base}{f' with {found.adapter}' if found.adapter else ''}"))
+def open_talk(
+    target: str | None,
+    adapters: Sequence[Path] | None,
+    emit: Emit,
+    quantization: str = "auto",
+    allow_changed_base: bool = False,
+) -> Talk:
+    """A conversation with what `target` (a run, an adapter folder or a model) and `adapters` name; of several adapters
+    the first one speaks."""
+    found = find_all(target, adapters or (), quantization)
+    _check_same(found, base=not allow_changed_base)
+    names = ", ".join(name for name in found if name is not None)
+    base = next(iter(found.values())).recipe.model.base
+    emit(Stage(f"loading {base} with {names}" if names else f"loading {base}"))
     with memory_guard("loading the model"):
-        return Talk(load_model(found, emit))
+        return Talk(load_voices(found, emit, allow_changed_base))
+
+
+def find_all(target: str | None, adapters: Sequence[Path], quantization: str = "auto") -> dict[str | None, Found]:
+    """What is to be loaded, each adapter under a name of its own; None stands for a model as it is."""
+    if target is not None and adapters and _is_run_of_adapter(Path(target)):
+        adapters, target = (Path(target), *adapters), None
+    found = [find(target, path, quantization) for path in adapters] or [find(target, None, quantization)]
+    folders = list(dict.fromkeys(each.adapter.resolve() for each in found if each.adapter is not None))
+    if not folders:
+        return {None: found[0]}
+    by_folder = {each.adapter.resolve(): each for each in reversed(found) if each.adapter is not None}
+    return {name: by_folder[folder] for name, folder in adapter_names(folders).items()}
+
+
+def _is_run_of_adapter(path: Path) -> bool:
+    return path.is_dir() and not is_model(path) and not (path / "model" / RECIPE_FILE).is_file()
+
+
+def adapter_names(folders: Sequence[Path]) -> dict[str, Path]:
+    """Short names: a run's, a checkpoint's, a folder's; with what lies above where two would be the same, or one the
+    base's."""
+    for parts in range(1, 1 + max(len(folder.parts) for folder in folders)):
+        names = ["/".join(_named_parts(folder)[-parts:]) for folder in folders]
+        if len({*names, BASE}) > len(names):
+            break
+    return dict(zip(names, folders, strict=True))
+
+
+def _named_parts(folder: Path) -> tuple[str, ...]:
+    return folder.parts[:-1] if folder.name == "adapter" and len(folder.parts) > 2 else folder.parts
+
+
+def _check_same(found: Mapping[str | None, Found], base: bool) -> None:
+    """Raises one `ModelError` that names what differs between the adapters: their quantization and, where `base` is
+    True, the base they were trained on."""
+    (first, by), *others = found.items()
+    assert by.adapter is not None or not others, "a model as it is comes alone"
+    differences = {name: _quantizations(by, other) + (_bases(by, other) if base else []) for name, other in others}
+    told = [f"{name} differs from {first} in {', '.join(what)}" for name, what in differences.items() if what]
+    if told:
+        raise ModelError(
+            f"these adapters cannot share one base: {'; '.join(told)}",
+            why="they are switched over one base, and on another an adapter computes what nobody has trained",
+            fix="talk to them one by one",
+        )
+
+
+def _quantizations(first: Found, other: Found) -> list[str]:
+    one, two = (each.recipe.quantization.model_dump(exclude={"storage_dtype"}) for each in (first, other))
+    return [f"quantization.{key} ({one[key]} and {two[key]})" for key in one if one[key] != two[key]]
+
+
+def _bases(first: Found, other: Found) -> list[str]:
+    """Differing files of the bases; their names where an adapter has no record of the files."""
+    assert first.adapter is not None and other.adapter is not None, "checked by the caller"
+    one, two = trained_base(first.adapter), trained_base(other.adapter)
+    names = f"its base ({first.recipe.model.base} and {other.recipe.model.base}"
+    if not one or not two:
+        return [f"{names})"] if first.recipe.model.base != other.recipe.model.base else []
+    files = sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
+    return [f"{names}: {', '.join(files)})"] if files else []

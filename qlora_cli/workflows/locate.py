@@ -1,13 +1,13 @@
 """What a RUN, an adapter folder, a model or a recipe on the command line stands for.
 
 Sees run directories. Invariant: what is evaluated or talked to uses the base, template and quantization that the
-adapter was trained with, read from the recipe saved beside it.
+adapter was trained with, read from the recipe saved beside it; another base is refused unless the user allows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,18 @@ import torch
 
 from qlora_cli.errors import ModelError
 from qlora_cli.model.adapter import CONFIG, load_into, read_adapter
-from qlora_cli.model.base import load_base, load_config, load_tokenizer
+from qlora_cli.model.base import is_packed, load_base, load_config, load_tokenizer, stored_quantization
 from qlora_cli.model.device import compute_dtype, find_machine
-from qlora_cli.model.folder import BaseFolder, find_base, read_json
+from qlora_cli.model.folder import INDEX, BaseFolder, find_base, read_json
 from qlora_cli.model.lora import attach
-from qlora_cli.recipe.schema import DataSection, ModelSection, Recipe
+from qlora_cli.recipe.schema import DataSection, ModelSection, QuantizationSection, Recipe
 from qlora_cli.recipe.snapshot import read_resolved
 from qlora_cli.workflows.card import ORIGIN_FILE, RECIPE_FILE
-from qlora_cli.workflows.events import Emit, Notice
+from qlora_cli.workflows.events import Emit, Fact, Notice
 from qlora_cli.workflows.prepare import local_rank
+
+MERGED = "merge_receipt.json"
+"""What `qlora merge` leaves beside a model."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Loaded:
     tokenizer: Any
     recipe: Recipe
     device: torch.device
+    dtype: torch.dtype
 
 
 def adapter_folder(path: Path) -> Path:
@@ -61,24 +65,45 @@ def recipe_of(adapter: Path) -> Recipe:
 
 @dataclass(frozen=True)
 class Found:
-    """A recipe, and the adapter to put on its base, if any."""
+    """A recipe, and the adapter to put on its base, if any. `quantization` is what was asked for a model as it is
+    (`auto`: what its files say); None stands for the recipe's."""
 
     recipe: Recipe
     adapter: Path | None
+    quantization: str | None = None
 
 
-def find(target: str | None, adapter: Path | None) -> Found:
+def find(target: str | None, adapter: Path | None, quantization: str = "auto") -> Found:
     """What `target` (a run, an adapter folder, or a model) and `--adapter` name. A target beside an adapter is the
     base to put it on; otherwise the base is the one that the adapter was trained on."""
-    if adapter is not None:
-        recipe = recipe_of(adapter_folder(adapter))
-        moved = recipe.model.model_copy(update={"base": target, "revision": None}) if target else recipe.model
-        return Found(recipe.model_copy(update={"model": moved}), adapter_folder(adapter))
-    path = Path(str(target))
+    found = _on_base(target, adapter) if adapter is not None else _find(str(target), quantization)
+    if found.adapter is not None and quantization != "auto":
+        raise ModelError(
+            f"--quantization {quantization} does not go with {found.adapter}",
+            why=f"an adapter fits the base as it was trained, in {found.recipe.quantization.type}",
+            fix="leave --quantization out",
+        )
+    return found
+
+
+def _on_base(target: str | None, adapter: Path) -> Found:
+    recipe = recipe_of(adapter_folder(adapter))
+    if target is None:
+        return Found(recipe, adapter_folder(adapter))
+    tuned = Path(target) / "model"
+    base = str(tuned) if (tuned / RECIPE_FILE).is_file() else target
+    moved = recipe.model.model_copy(update={"base": base, "revision": None})
+    return Found(recipe.model_copy(update={"model": moved}), adapter_folder(adapter))
+
+
+def _find(target: str, quantization: str) -> Found:
+    path = Path(target)
+    if (path / "model" / RECIPE_FILE).is_file() and not is_model(path):
+        path = path / "model"
+    if is_model(path) and (path / RECIPE_FILE).is_file():
+        return Found(_tuned_model(path), None, quantization)
     if not path.is_dir() or is_model(path):
-        return Found(plain_recipe(str(target)), None)
-    if (path / "model" / RECIPE_FILE).is_file():
-        return Found(_tuned_model(path / "model"), None)
+        return Found(plain_recipe(target), None, quantization)
     return Found(recipe_of(adapter_folder(path)), adapter_folder(path))
 
 
@@ -88,31 +113,64 @@ def is_model(path: Path) -> bool:
 
 
 def _tuned_model(folder: Path) -> Recipe:
-    """The recipe of a full fine-tuning, with its result as the base."""
+    """The recipe that lies beside a model (of a full fine-tuning, or merged), with that model as the base."""
     recipe = recipe_of(folder)
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str(folder), "revision": None})})
+    moved = recipe.model.model_copy(update={"base": str(folder), "revision": None})
+    return recipe.model_copy(update={"model": moved, "lora": None})
 
 
 def tell_changes(kind: str, now: Mapping[str, str], adapter: Path, emit: Emit) -> None:
     """Says which of the base's files or data sources differ from those that the adapter was trained on."""
-    then = _origin(adapter).get(kind, {})
-    files = then.keys() | now.keys() if kind == "base" else then.keys() & now.keys()
-    changed = sorted(name for name in files if then.get(name) != now.get(name))
-    if then and changed:
+    then = origin_of(adapter).get(kind, {})
+    changed = sorted(name for name in then.keys() & now.keys() if then.get(name) != now.get(name))
+    if changed:
         emit(Notice(f"the {kind} is no longer what {adapter} was trained on: {', '.join(changed)} changed"))
 
 
-def _origin(adapter: Path) -> dict[str, Any]:
+def trained_base(adapter: Path) -> dict[str, str]:
+    """Hashes of the base's files that decide what the adapter computes with: weights and config.json, by name. The
+    tokenizer and template in use are those beside the adapter."""
+    return _deciding(origin_of(adapter).get("base", {}))
+
+
+def _deciding(files: Mapping[str, str]) -> dict[str, str]:
+    return {n: h for n, h in files.items() if n.endswith(".safetensors") or n in {"config.json", INDEX}}
+
+
+def check_base(folder: BaseFolder, adapter: Path, emit: Emit, allow_changed: bool) -> None:
+    """Refuses a base that is not the one that the adapter was trained on, or says so where that is allowed."""
+    then, now = trained_base(adapter), _deciding(folder.fingerprint)
+    if not then:
+        emit(Notice(f"{adapter} has no record of its base's files: whether {folder.name} is that base is not known"))
+    changed = [_change(name, then, now) for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+    if not then or not changed:
+        return
+    what = f"the base {folder.name} is not the one that {adapter} was trained on: {', '.join(changed)}"
+    if not allow_changed:
+        raise ModelError(
+            what,
+            why="on other weights an adapter computes what nobody has trained or measured",
+            fix="name that base (a folder, or a Hub id) before --adapter, or add --allow-changed-base",
+        )
+    emit(Notice(what))
+
+
+def _change(name: str, then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    return f"{name} {'changed' if name in then and name in now else 'is new' if name in now else 'is missing'}"
+
+
+def origin_of(adapter: Path) -> dict[str, Any]:
+    """What lies beside an adapter about where it came from; empty where nothing does."""
     path = adapter / ORIGIN_FILE
     origin: dict[str, Any] = read_json(path) if path.is_file() else {}
     return origin
 
 
-def _base_folder(found: Found) -> BaseFolder:
+def base_folder(found: Found) -> BaseFolder:
     """The base's files. One that was a folder is looked for where it was when the adapter was trained, should the
     recipe's path lead nowhere from here; it is never taken for a Hub id."""
     name, revision = found.recipe.model.base, found.recipe.model.revision
-    was = _origin(found.adapter).get("base_folder") if found.adapter else None
+    was = origin_of(found.adapter).get("base_folder") if found.adapter else None
     if was is None or Path(name).expanduser().is_dir():
         return find_base(name, revision)
     return find_base(was, None)
@@ -120,7 +178,7 @@ def _base_folder(found: Found) -> BaseFolder:
 
 def tokenizer_of(found: Found) -> Any:
     """The tokenizer saved beside the adapter, or the base's."""
-    return load_tokenizer(BaseFolder(str(found.adapter), found.adapter, None) if found.adapter else _base_folder(found))
+    return load_tokenizer(BaseFolder(str(found.adapter), found.adapter, None) if found.adapter else base_folder(found))
 
 
 def plain_recipe(model: str) -> Recipe:
@@ -128,19 +186,51 @@ def plain_recipe(model: str) -> Recipe:
     return Recipe(model=ModelSection(base=model), lora=None, data=DataSection(train="-"))
 
 
-def load_model(found: Found, emit: Emit) -> Loaded:
-    """The base as the recipe says, with the adapter's values where there is one. The tokenizer (and with it the
-    template) is the one saved beside the adapter."""
-    recipe, adapter = found.recipe, found.adapter
-    machine = find_machine(recipe.model.device, local_rank())
-    dtype = compute_dtype(recipe.quantization.compute_dtype, machine)
-    folder = _base_folder(found)
-    load_config(folder)
-    if adapter is not None:
-        tell_changes("base", folder.fingerprint, adapter, emit)
-    model = load_base(folder, recipe.model, recipe.quantization, dtype, machine.device)
-    if adapter is not None:
-        assert recipe.lora is not None, "an adapter's recipe has a lora section"
-        tensors = read_adapter(adapter)[1]
-        load_into(attach(model, recipe.lora, dtype, seed=0), tensors, adapter)
-    return Loaded(model.eval(), tokenizer_of(found), recipe, machine.device)
+def load_bare(found: Found, emit: Emit, allow_changed_base: bool = False, others: Sequence[Path | None] = ()) -> Loaded:
+    """The base as it is to be loaded, without the adapter but with the tokenizer (and so the template) saved beside
+    that. It must be the base of the adapters in `others` too. Tells what it is loaded as."""
+    machine = find_machine(found.recipe.model.device, local_rank())
+    folder = base_folder(found)
+    config = load_config(folder)
+    for adapter in filter(None, (found.adapter, *others)):
+        check_base(folder, adapter, emit, allow_changed_base)
+    quantization = _quantization(found, folder, config)
+    recipe = found.recipe.model_copy(update={"quantization": quantization})
+    dtype = compute_dtype(quantization.compute_dtype, machine)
+    stored = " as stored in its files" if is_packed(config) else ""
+    emit(Fact("model", f"{folder.name}, {loaded_as(quantization, dtype)}{stored}"))
+    model = load_base(folder, recipe.model, quantization, dtype, machine.device)
+    return Loaded(model.eval(), tokenizer_of(found), recipe, machine.device, dtype)
+
+
+def _quantization(found: Found, folder: BaseFolder, config: Any) -> QuantizationSection:
+    """How the base is to be stored: as its files are where those are in 4 bits; else what was asked for; else as the
+    adapter's or the tuned model's recipe says. A merged model is never quantised unasked: it is shipped in 16 bits."""
+    section, asked = found.recipe.quantization, found.quantization
+    if is_packed(config):
+        stored = stored_quantization(folder, config, section)
+        if asked not in {None, "auto", stored.type}:
+            raise ModelError(f"{folder.name} is already quantised ({stored.type})", fix="leave --quantization out")
+        return stored
+    if asked is None or (asked == "auto" and not (folder.path / MERGED).is_file()):
+        return section
+    return section.model_copy(update={"type": "none" if asked == "auto" else asked})
+
+
+def loaded_as(quantization: QuantizationSection, dtype: torch.dtype) -> str:
+    """How weights are stored, in words."""
+    kind = str(dtype).removeprefix("torch.")
+    if quantization.type == "none":
+        return f"not quantised, in {kind}"
+    double = " with double quantization" if quantization.double_quant else ""
+    return f"in 4 bits ({quantization.type}{double}), computing in {kind}"
+
+
+def load_model(found: Found, emit: Emit, allow_changed_base: bool = False) -> Loaded:
+    """The base as the recipe says, with the adapter's values where there is one."""
+    loaded = load_bare(found, emit, allow_changed_base)
+    if found.adapter is not None:
+        lora = loaded.recipe.lora
+        assert lora is not None, "an adapter's recipe has a lora section"
+        load_into(attach(loaded.model, lora, loaded.dtype, seed=0), read_adapter(found.adapter)[1], found.adapter)
+    return replace(loaded, model=loaded.model.eval())

@@ -17,8 +17,8 @@ from qlora_cli.data.batches import Order
 from qlora_cli.data.dataset import TokenData
 from qlora_cli.errors import RecipeError
 from qlora_cli.model.lora import adapter_parameters, linear_shape, target_layers
-from qlora_cli.model.nf4 import quantizable_layers
-from qlora_cli.recipe.schema import Recipe
+from qlora_cli.model.nf4 import four_bit_layers, four_bit_skeleton
+from qlora_cli.recipe.schema import QuantizationSection, Recipe
 from qlora_cli.training.optim import STATE_BYTES
 from qlora_cli.workflows.events import size
 
@@ -70,14 +70,14 @@ class Plan:
 
 
 def shape_of(skeleton: Any, recipe: Recipe) -> Shape:
-    """Exact counts; every target of the adapter is found here, before any weight is read."""
-    linear = quantizable_layers(skeleton) if recipe.quantization.type != "none" else []
+    """Exact counts; every target of the adapter is found here, before any weight is read. Changes the skeleton."""
     chosen: Mapping[str, nn.Module] = target_layers(skeleton, recipe.lora.targets) if recipe.lora else {}
     parameters = sum(p.numel() for p in skeleton.parameters())
     text = skeleton.config.get_text_config()
+    four_bit = four_bit_shapes(skeleton, recipe.quantization)
     return Shape(
         parameters=parameters,
-        four_bit=sum(out * in_ for out, in_ in map(linear_shape, linear)),
+        four_bit=sum(out * in_ for out, in_ in four_bit.values()),
         trainable=adapter_parameters(chosen, recipe.lora.r) if recipe.lora else parameters,
         adapted_layers=len(chosen),
         hidden=text.hidden_size,
@@ -85,6 +85,14 @@ def shape_of(skeleton: Any, recipe: Recipe) -> Shape:
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,  # GPT-2 has no such key
         vocabulary=text.vocab_size,
     )
+
+
+def four_bit_shapes(skeleton: Any, section: QuantizationSection) -> dict[str, tuple[int, int]]:
+    """(out, in) of every layer that `section` puts in 4 bits. Changes the skeleton."""
+    if section.type == "none":
+        return {}
+    layers = four_bit_layers(four_bit_skeleton(skeleton, section, torch.bfloat16)[0])
+    return {name: linear_shape(layer) for name, layer in layers.items()}
 
 
 def check_length(recipe: Recipe, config: Any, where: str) -> None:

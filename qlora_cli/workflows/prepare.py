@@ -21,6 +21,7 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.training.optim import paging_note
 from qlora_cli.workflows.events import Emit, Fact, Notice, Stage, size
 from qlora_cli.workflows.plan import Plan, check_length, make_plan, shape_of
+from qlora_cli.workflows.storage import check_blocks, check_stored
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,10 @@ def prepare(loaded: LoadedRecipe, weights: bool, emit: Emit) -> Prepared:
     folder = find_base(recipe.model.base, recipe.model.revision, weights)
     config = load_config(folder)
     check_length(recipe, config, _place(loaded, "data.max_length"))
-    shape = shape_of(meta_model(config), recipe)
+    check_stored(recipe, folder, config)
+    skeleton = meta_model(config)
+    shape = shape_of(skeleton, recipe)
+    check_blocks(skeleton, recipe.quantization, machine.device)
     tokenizer = load_tokenizer(folder)
     emit(Stage(f"reading {recipe.data.train}"))
     data = load_data(recipe.data, tokenizer)

@@ -29,6 +29,8 @@ SHAPES = {
     | {"num_attention_heads": 2},
     "110m": {"vocab_size": 16000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8}
     | {"num_attention_heads": 16, "num_key_value_heads": 8},
+    "1b": {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
+    | {"num_attention_heads": 32, "num_key_value_heads": 4},
     "llama2-7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     | {"num_attention_heads": 32},
     "llama-65b": {"vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80}

@@ -1,0 +1,96 @@
+"""The choice of the next token.
+
+Knows the logits of one position and the ids before it; nothing of models. Invariant: the distribution is that of
+transformers' processors in their order: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is decoded: its limit in tokens, and how each token is chosen."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    """0 takes the likeliest token; then only the repetition penalty matters of what follows."""
+    top_p: float = 1.0
+    """Keeps the likeliest tokens that together have this probability; 1 keeps all."""
+    top_k: int = 0
+    """Keeps the k likeliest tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keeps tokens that are at least this times as likely as the likeliest; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides (or multiplies, below 0) the logits of tokens that were there before; 1 leaves them."""
+    seed: int = 0
+
+
+def model_decoding(model: Any, max_new_tokens: int = 512) -> Decoding:
+    """What the model's own generation_config.json asks for; a value that it does not name is off."""
+    config = model.generation_config
+    penalty = config.repetition_penalty or 1.0
+    if not config.do_sample:
+        return Decoding(max_new_tokens, repetition_penalty=penalty)
+    return Decoding(
+        max_new_tokens,
+        temperature=1.0 if config.temperature is None else config.temperature,
+        top_p=1.0 if config.top_p is None else config.top_p,
+        top_k=config.top_k or 0,
+        min_p=config.min_p or 0.0,
+        repetition_penalty=penalty,
+    )
+
+
+def choose(logits: Tensor, seen: Sequence[int], decoding: Decoding, generator: torch.Generator) -> int:
+    """The next token, from logits [V] in float32 and all ids before it (prompt and answer)."""
+    logits = penalised(logits, seen, decoding.repetition_penalty)
+    if decoding.temperature == 0:
+        return int(logits.argmax())
+    probabilities, ids = distribution(logits, decoding)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return int(drawn if ids is None else ids[drawn])
+
+
+def penalised(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
+    """[V] with the logits of what was seen divided by `penalty`, or multiplied where they are below 0 (Keskar et al.
+    2019, arXiv:1909.05858, section 4.1)."""
+    if penalty == 1:
+        return logits
+    ids = torch.tensor(sorted(set(seen)), dtype=torch.long, device=logits.device)
+    scores = logits[ids]
+    return logits.index_copy(0, ids, torch.where(scores < 0, scores * penalty, scores / penalty))
+
+
+def distribution(logits: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor | None]:
+    """(weights, ids): with what probability each token is drawn, up to a common factor. `ids` are the tokens that the
+    weights belong to; None stands for the whole vocabulary."""
+    scores, ids = logits / decoding.temperature, None
+    if 0 < decoding.top_k < len(scores):
+        ids = (scores >= scores.topk(decoding.top_k).values[-1]).nonzero().flatten()
+        scores = scores[ids]
+    probabilities = scores.softmax(-1)
+    if decoding.top_p < 1:
+        probabilities[_outside_nucleus(probabilities, decoding.top_p)] = 0
+    if decoding.min_p > 0:
+        probabilities[probabilities < decoding.min_p * probabilities.max()] = 0
+    return probabilities, ids
+
+
+def _outside_nucleus(probabilities: Tensor, mass: float) -> Tensor:
+    """[n] bool: tokens that weigh, with all that are less likely, at most 1 - mass (Holtzman et al. 2020,
+    arXiv:1904.09751). Those below (1 - mass) / n do so together, which leaves few to sort of a large vocabulary."""
+    likely = (probabilities > (1 - mass) / len(probabilities)).nonzero().flatten()
+    ascending, order = probabilities[likely].sort()
+    unlikely = 1 - ascending.sum()
+    inside = ascending.cumsum(0) + unlikely > 1 - mass
+    inside[-1:] = True
+    outside = torch.ones_like(probabilities, dtype=torch.bool)
+    outside[likely[order[inside]]] = False
+    return outside

@@ -1,0 +1,170 @@
+"""Who speaks: a base, or one of the adapters on it, each through the template that it was trained with.
+
+Sees a model, its adapters and their recipes. Invariant: a turn is encoded by the very code that encoded the training
+rows, and ends where a training row's answer ended.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from qlora_cli.data.conversation import Message
+from qlora_cli.data.formats import RowError
+from qlora_cli.data.turns import TurnEncoder, turn_encoder
+from qlora_cli.errors import DataError
+from qlora_cli.generation.decoder import Completion, Decoder, Finish, complete_all
+from qlora_cli.generation.sampling import Decoding, model_decoding
+from qlora_cli.model.adapter import read_adapter
+from qlora_cli.model.switch import Adapters
+from qlora_cli.workflows.events import Emit
+from qlora_cli.workflows.locate import Found, load_bare, tokenizer_of
+from qlora_cli.workflows.text import TextStream
+
+Ended = Literal["stop token", "max_new_tokens", "positions", "interrupted"]
+
+
+def how_ended(stopped: bool, tokens: int, decoding: Decoding) -> Ended:
+    """What ended an answer that was not interrupted."""
+    if stopped:
+        return "stop token"
+    return "max_new_tokens" if tokens >= decoding.max_new_tokens else "positions"
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A tokenizer with its template, and what ends a turn in it."""
+
+    tokenizer: Any
+    turns: TurnEncoder
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The tokens as text, without special tokens, and as they were trained: no space is tidied away."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of everything before the next answer. `DataError` for what the template refuses."""
+        try:
+            for message in messages:
+                message.content.encode()
+            return self.turns.prompt(messages)
+        except RowError as error:
+            raise DataError(str(error), fix="leave the system message out, or start a new conversation") from error
+        except UnicodeEncodeError as error:
+            raise DataError(f"the text is not Unicode: {error.reason} (character {error.start + 1})") from error
+
+
+def _voice(found: Found, tokenizer: Any) -> Voice:
+    data = found.recipe.data
+    return Voice(tokenizer, turn_encoder(tokenizer, data.template, data.format))
+
+
+class Voices:
+    """A loaded base with its adapters. The bare base answers in the template of the adapter that spoke last, so that
+    the adapter is all that differs."""
+
+    def __init__(self, adapters: Adapters, model: Any, voices: Mapping[str | None, Voice]) -> None:
+        self._adapters, self._model, self._voices = adapters, model, voices
+        self.voice = next(iter(voices.values()))
+        self._decoder: Decoder | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters'."""
+        return self._adapters.names
+
+    @property
+    def active(self) -> str | None:
+        """The adapter that speaks; None for the bare base."""
+        return self._adapters.active
+
+    def use(self, name: str | None) -> None:
+        """Lets adapter `name`, or the bare base, speak from now on."""
+        if name != self.active:
+            self._adapters.use(name)
+            self._take(self._voices[name] if name is not None else self.voice)
+
+    def _take(self, voice: Voice) -> None:
+        if self._decoder is not None:
+            self._decoder.forget()
+        if voice.turns.stop_ids != self.voice.turns.stop_ids:
+            self._decoder = None
+        self.voice = voice
+
+    @contextmanager
+    def returning(self) -> Iterator[None]:
+        """Whoever speaks within, afterwards it is as it was before."""
+        active, voice = self.active, self.voice
+        try:
+            yield
+        finally:
+            self.use(active)
+            self._take(voice)
+
+    def defaults(self) -> Decoding:
+        """How the model's own generation config says to decode."""
+        return model_decoding(self._model)
+
+    @property
+    def finish(self) -> Finish:
+        """How the last answer went."""
+        return (self._decoder and self._decoder.last) or Finish()
+
+    def room(self, used: int) -> int:
+        """Positions left for an answer. `DataError` where there are none."""
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is None:
+            return sys.maxsize
+        if used >= positions:
+            raise DataError(
+                f"the conversation has {used:,} tokens, and the model was trained for {positions:,} positions",
+                why="past them it computes what nobody has trained, and to cut it would answer another question",
+                fix="shorten it, or start a new conversation",
+            )
+        return int(positions) - used
+
+    def stream(self, messages: Sequence[Message], decoding: Decoding) -> Iterator[str]:
+        """Pieces of the answer, each once it can no longer change (a character may take several tokens)."""
+        prompt = self.voice.prompt(messages)
+        limit = min(decoding.max_new_tokens, self.room(len(prompt)))
+        text = TextStream(self.voice.text)
+        if self._decoder is None:
+            self._decoder = Decoder(self._model, self.voice.turns.stop_ids)
+        for token in self._decoder.stream(prompt, replace(decoding, max_new_tokens=limit)):
+            if piece := text.add(token):
+                yield piece
+        if piece := text.rest():
+            yield piece
+
+    def complete(self, prompts: Sequence[Sequence[int]], decoding: Decoding, batch_size: int) -> Iterator[Completion]:
+        """Answers to many prompts, in their order. Prompts whose room is less than the limit are answered alone."""
+        limits = [min(decoding.max_new_tokens, self.room(len(prompt))) for prompt in prompts]
+        start = 0
+        while start < len(prompts):
+            end = start + 1
+            while end < len(prompts) and limits[end] == limits[start]:
+                end += 1
+            limited = replace(decoding, max_new_tokens=limits[start])
+            stop_ids = self.voice.turns.stop_ids
+            yield from complete_all(self._model, prompts[start:end], stop_ids, limited, batch_size)
+            start = end
+
+
+def load_voices(found: Mapping[str | None, Found], emit: Emit, allow_changed_base: bool) -> Voices:
+    """Loads what was found: a model as it is (under the name None), or adapters of one base, by their names, of which
+    the first one speaks."""
+    first = next(iter(found.values()))
+    loaded = load_bare(first, emit, allow_changed_base, [each.adapter for each in found.values() if each is not first])
+    adapters = Adapters(loaded.model, loaded.dtype)
+    voices = {}
+    for name, each in found.items():
+        voices[name] = _voice(each, loaded.tokenizer if each is first else tokenizer_of(each))
+        if name is not None:
+            assert each.adapter is not None and each.recipe.lora is not None, "a name stands for an adapter"
+            adapters.add(name, each.recipe.lora, read_adapter(each.adapter)[1], each.adapter)
+    adapters.use(next(iter(found)))
+    return Voices(adapters, loaded.model, voices)
