@@ -4,7 +4,9 @@ the same adapter, in one process, turn by turn.
     python scripts/bench/decode.py --shape 110m --tokens 64 --prompt 256
 
 The peer runs with its defaults; on CPUs with AVX512-BF16 that includes bitsandbytes' repacking of the weights in place.
-Ratios are peer / ours: above 1 we are faster. Memory is resident memory of this process, in MB.
+Ratios are peer / ours: above 1 we are faster. Memory is resident memory of this process, in MB; ours is measured first,
+and so what the libraries keep from their first use counts as ours. With other work on the machine, OMP_NUM_THREADS=1
+gives ratios that can be compared.
 """
 
 from __future__ import annotations
@@ -172,9 +174,6 @@ def measure(base: Path, adapters: list[Path], lora: LoraSection, args: argparse.
         return made
 
     prompt = [5 + (i * 7919) % 900 for i in range(args.prompt)]
-    for run in (ours(base, adapters[0], lora)[1], peer(base, adapters[0])):
-        run(prompt, 4)  # what the libraries load and keep at their first use is neither side's
-    del run
     decoder, mine = tracked("ours_load", lambda: ours(base, adapters[0], lora))
     tracked("ours_answer", lambda: mine(prompt, args.tokens))
     theirs = tracked("peer_load", lambda: peer(base, adapters[0]))
