@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_cli.model.chunks import by_chunks
 from qlora_cli.model.nf4 import Packed
 
-CHUNK = 1 << 17
-"""Elements compared at once, in a CPU's cache."""
 FAR, MAD_TO_DEVIATION, LEAST_FACTOR = 5.0, 1.4826, 1.25
 """An outlier's error is more than FAR robust deviations above the median (the median absolute deviation times 1.4826
 is the standard deviation of normal values), and at least LEAST_FACTOR medians."""
@@ -126,12 +125,14 @@ class Damage:
 
 def layer_damage(name: str, original: Tensor, packed: Packed) -> LayerDamage:
     """The damage to `original` [out, in], now `packed`."""
-    squares, missed, largest = 0.0, 0.0, 0.0
-    values, found = original.reshape(-1).split(CHUNK), packed.dequantize().reshape(-1).split(CHUNK)
-    for before, after in zip(values, found, strict=True):
-        wanted = before.float()
-        squares += float(torch.linalg.vector_norm(wanted, dtype=torch.float64)) ** 2
-        wanted = wanted.sub_(after) if before.dtype != torch.float32 else wanted - after
-        missed += float(torch.linalg.vector_norm(wanted, dtype=torch.float64)) ** 2
-        largest = max(largest, float(wanted.abs().max()))
-    return LayerDamage(name, tuple(original.shape), packed.bytes, squares, missed, largest)
+    parts = by_chunks(_compare, original.reshape(-1), packed.dequantize().reshape(-1))
+    squares, missed, largest = zip(*parts, strict=True)
+    return LayerDamage(name, tuple(original.shape), packed.bytes, sum(squares), sum(missed), max(largest))
+
+
+def _compare(before: Tensor, after: Tensor) -> tuple[float, float, float]:
+    """Sums of the squares of `before` and of the errors of `after`, and the largest error."""
+    wanted = before.float()
+    missed = wanted - after
+    squares = [float(torch.linalg.vector_norm(each, dtype=torch.float64)) ** 2 for each in (wanted, missed)]
+    return squares[0], squares[1], float(missed.abs().max())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -28,7 +27,8 @@ from transformers.pytorch_utils import Conv1D  # noqa: E402
 from transformers.quantizers.auto import register_quantization_config, register_quantizer  # noqa: E402
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer  # noqa: E402
 
-from qlora_cli.model.codes import CHUNK, Coder  # noqa: E402
+from qlora_cli.model.chunks import by_chunks  # noqa: E402
+from qlora_cli.model.codes import Coder  # noqa: E402
 from qlora_cli.recipe.schema import QuantizationSection  # noqa: E402
 
 METHOD = "qlora_4bit"
@@ -165,20 +165,13 @@ def quantize(weight: Tensor, section: QuantizationSection) -> Packed:
     """`weight` in 4 bits, bit for bit as bitsandbytes quantises it; on a CPU in threads and much faster."""
     flat = weight.reshape(-1)
     whole = flat.numel() // section.blocksize * section.blocksize if flat.device.type == "cpu" else 0
-    chunks = flat[:whole].split(CHUNK) if whole else ()
-    parts = list(_threads().map(lambda chunk: _coder(section.type).encode(chunk, section.blocksize), chunks))
+    parts = by_chunks(lambda chunk: _coder(section.type).encode(chunk, section.blocksize), flat[:whole])
     if whole < flat.numel():
         rest = bnb_functional.quantize_4bit(flat[whole:], blocksize=section.blocksize, quant_type=section.type)
         parts.append((rest[0].view(-1), rest[1].absmax))
     codes, absmax = (torch.cat(each) for each in zip(*parts, strict=True))
     state = _state(absmax, weight, section)
     return Packed(codes.view(getattr(torch, section.storage_dtype)).unsqueeze(1), state)
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    """Kept, since every new thread brings a heap of its own."""
-    return ThreadPoolExecutor(max_workers=torch.get_num_threads())
 
 
 @cache

@@ -19,6 +19,7 @@ from qlora_cli.errors import DataError
 from qlora_cli.generation.decoder import Completion, Decoder, Finish, complete_all
 from qlora_cli.generation.sampling import Decoding, model_decoding
 from qlora_cli.model.adapter import read_adapter
+from qlora_cli.model.decode import FastDecoding
 from qlora_cli.model.switch import Adapters
 from qlora_cli.workflows.events import Emit
 from qlora_cli.workflows.locate import Found, load_bare, tokenizer_of
@@ -71,6 +72,7 @@ class Voices:
         self._adapters, self._model, self._voices = adapters, model, voices
         self.voice = next(iter(voices.values()))
         self._decoder: Decoder | None = None
+        self._fast: FastDecoding | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,6 +134,7 @@ class Voices:
         prompt = self.voice.prompt(messages)
         limit = min(decoding.max_new_tokens, self.room(len(prompt)))
         text = TextStream(self.voice.text)
+        self._hurry()
         if self._decoder is None:
             self._decoder = Decoder(self._model, self.voice.turns.stop_ids)
         for token in self._decoder.stream(prompt, replace(decoding, max_new_tokens=limit)):
@@ -140,8 +143,14 @@ class Voices:
         if piece := text.rest():
             yield piece
 
+    def _hurry(self) -> None:
+        """Makes the packed copies, once: they are kept through changes of adapter and stop tokens."""
+        if self._fast is None:
+            self._fast = FastDecoding.of(self._model)
+
     def complete(self, prompts: Sequence[Sequence[int]], decoding: Decoding, batch_size: int) -> Iterator[Completion]:
         """Answers to many prompts, in their order. Prompts whose room is less than the limit are answered alone."""
+        self._hurry()
         limits = [min(decoding.max_new_tokens, self.room(len(prompt))) for prompt in prompts]
         start = 0
         while start < len(prompts):
