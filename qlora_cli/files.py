@@ -77,9 +77,9 @@ def _apply_umask(path: Path) -> None:
 
 
 @contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder beside `final`, renamed to it when the block ends well and removed when it does not. A folder
-    that already has that name is exchanged with it and then deleted."""
+def staged_folder(final: Path, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `final`, renamed to it when the block ends well and removed when it does not. With
+    `replace`, a folder that already has that name is exchanged with it and then deleted."""
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))
@@ -87,17 +87,17 @@ def staged_folder(final: Path) -> Iterator[Path]:
         yield staging
         with disk_errors(final):
             _sync_tree(staging)
-            _rename(staging, final)
+            if replace and final.is_dir() and any(final.iterdir()):
+                _replace(staging, final)
+            else:
+                staging.replace(final)
             _sync_folder(final.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
-def _rename(staging: Path, final: Path) -> None:
-    if not final.is_dir() or not any(final.iterdir()):
-        staging.replace(final)
-        return
+def _replace(staging: Path, final: Path) -> None:
     if not _exchange(staging, final):  # a moment without a folder of that name; the old one is then in .trash-*
         trash = Path(tempfile.mkdtemp(prefix=f".trash-{final.name}-", dir=final.parent))
         final.replace(trash)

@@ -15,7 +15,15 @@ import torch
 from safetensors.torch import save_file
 
 from qlora_cli.errors import DiskError
-from qlora_cli.files import disk_errors, sha256, staged_folder, write_json, write_text
+from qlora_cli.files import (
+    disk_errors,
+    manifest_problems,
+    sha256,
+    staged_folder,
+    write_json,
+    write_manifest,
+    write_text,
+)
 
 
 @pytest.fixture
@@ -170,3 +178,38 @@ def test_the_hash_of_a_file_is_its_sha256(tmp_path: Path) -> None:
     assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     (tmp_path / "big").write_bytes(b"\0" * ((1 << 20) + 1))
     assert sha256(tmp_path / "big") == "2cb74edba754a81d121c9db6833704a8e7d417e5b13d1a19f4a52f007d644264"
+
+
+def test_a_staged_folder_that_replaces_leaves_the_new_one_and_nothing_else(tmp_path: Path) -> None:
+    final = tmp_path / "merged"
+    final.mkdir()
+    (final / "old.txt").write_text("old")
+    with staged_folder(final, replace=True) as staging:
+        (staging / "new.txt").write_text("new")
+        assert names(final) == ["old.txt"]
+    assert (names(tmp_path), names(final)) == (["merged"], ["new.txt"])
+
+
+def test_a_replacement_that_fails_leaves_the_old_folder(tmp_path: Path) -> None:
+    final = tmp_path / "merged"
+    final.mkdir()
+    (final / "old.txt").write_text("old")
+    with pytest.raises(KeyboardInterrupt), staged_folder(final, replace=True):
+        raise KeyboardInterrupt
+    assert (names(tmp_path), names(final)) == (["merged"], ["old.txt"])
+
+
+def test_a_manifest_tells_every_kind_of_damage(tmp_path: Path) -> None:
+    for name in ("same", "longer", "flipped", "gone"):
+        (tmp_path / name).write_bytes(b"content")
+    write_manifest(tmp_path)
+    assert manifest_problems(tmp_path) == []
+    (tmp_path / "longer").write_bytes(b"content and more")
+    (tmp_path / "flipped").write_bytes(b"contenu")
+    (tmp_path / "gone").unlink()
+    problems = " ".join(manifest_problems(tmp_path))
+    assert "longer has 16 bytes instead of 7" in problems
+    assert "flipped is not as it was written" in problems and "gone is missing" in problems and "same" not in problems
+    assert manifest_problems(tmp_path, ["same"]) == []
+    (tmp_path / "manifest.json").write_text("[")
+    assert "cannot be read" in manifest_problems(tmp_path)[0]

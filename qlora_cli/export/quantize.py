@@ -7,6 +7,7 @@ damage is measured on those very values; about one tensor is in memory.
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -91,12 +92,15 @@ class Quantizer:
 
     def _packed(self, name: str) -> dict[str, Packed]:
         """The weight in every variant, its damage noted."""
-        weights = self._weights
-        original = _finite(weights.original(name), name)
-        cast = _finite(original.to(weights.dtype), name)
+        weights, layer = self._weights, self._weights.layers[name].name
+        original = weights.original(name)
+        cast = original.to(weights.dtype)
         packed = {variant: quantize(cast, section) for variant, section in self._variants.items()}
         for variant, each in packed.items():
-            self._found[variant].append(layer_damage(weights.layers[name].name, original, each))
+            damage = layer_damage(layer, original, each)
+            if not math.isfinite(damage.squares + damage.missed):
+                raise _not_finite(name, cast.dtype if math.isfinite(damage.squares) else original.dtype)
+            self._found[variant].append(damage)
         return packed
 
     def _type_of(self, stored: torch.dtype) -> torch.dtype:
@@ -104,7 +108,11 @@ class Quantizer:
 
     def _others(self, name: str) -> Iterator[Tensor]:
         for piece in self._weights.source.pieces(name, PIECE_BYTES):
-            yield _finite(_finite(piece, name).to(self._type_of(piece.dtype)), name)
+            cast = piece.to(self._type_of(piece.dtype))
+            for each in (piece, cast) if cast is not piece else (piece,):
+                if not _is_finite(each):
+                    raise _not_finite(name, each.dtype)
+            yield cast
 
     def _write_companions(self, folder: Path, section: QuantizationSection, compute: torch.dtype) -> None:
         weights = self._weights
@@ -128,13 +136,17 @@ def layers_left_out(weights: BaseWeights, skip: str) -> list[str]:
     return [name for name in names if not should_convert_module(name, [skip])]
 
 
-def _finite(value: Tensor, name: str) -> Tensor:
-    """`value`, or a `ModelError`. Their sum in float64 is finite where all values are, and it needs no mask."""
-    if not value.is_floating_point() or bool(value.sum(dtype=torch.float64).isfinite()):
-        return value
-    kind = str(value.dtype).removeprefix("torch.")
-    raise ModelError(
+def _is_finite(value: Tensor) -> bool:
+    """Whether all values are numbers and not infinite; without a mask of them."""
+    if not value.is_floating_point() or not value.numel():
+        return True
+    return all(bool(bound.isfinite()) for bound in value.aminmax())
+
+
+def _not_finite(name: str, dtype: torch.dtype) -> ModelError:
+    kind, half = str(dtype).removeprefix("torch."), dtype == torch.float16
+    return ModelError(
         f"{name} has values that are not finite in {kind}",
-        why="float16 ends at 65,504" if value.dtype == torch.float16 else "its 4-bit block would be lost",
-        fix="quantise with --dtype bf16" if value.dtype == torch.float16 else "download or write the model again",
+        why="float16 ends at 65,504" if half else "a block of 4-bit weights with such a value would be lost",
+        fix="quantise with --dtype bf16" if half else "download or write the model again",
     )

@@ -110,14 +110,6 @@ def four_bit_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if is_four_bit(module)}
 
 
-def quantizable_layers(model: Any) -> list[nn.Module]:
-    """The layers that loading turns into 4-bit ones: linear, but neither the head nor a subclass with a life of its
-    own (Falcon's, say); see `loading_config`."""
-    head = model.get_output_embeddings()
-    plain = [m for m in model.modules() if type(m) is nn.Linear or isinstance(m, Conv1D)]
-    return [module for module in plain if module is not head]
-
-
 def keep_packed_format(model: nn.Module) -> int:
     """Turns off bitsandbytes' eval-time repacking on CPU; returns the number of 4-bit layers.
 

@@ -80,7 +80,7 @@ def run_merge(options: MergeOptions, emit: Emit) -> MergeResult:
     output = options.output or default_output(source.adapter, "merged")
     check_replaceable(output, options.overwrite, MERGED)
     job = _Job(options, source, output, emit)
-    with staged_folder(output) as staging:
+    with staged_folder(output, options.overwrite) as staging:
         receipt, others = job.fill(staging)
     emit(Saved("merged model" if receipt.divergence else "merged model (not compared)", output))
     return MergeResult(output, receipt, tuple(others))

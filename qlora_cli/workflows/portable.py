@@ -62,7 +62,7 @@ def run_portable(options: MergeOptions, emit: Emit) -> PortableResult:
     check_space(output, sum(tensor.numel() * 4 for tensor in tensors.values()))
     scaling = scaling_of(lora)
     emit(Fact("adapter", f"{folder}, scaling {scaling:g} goes into B"))
-    with staged_folder(output) as staging:
+    with staged_folder(output, options.overwrite) as staging:
         with disk_errors(staging):
             save_file(_folded(tensors, scaling), staging / WEIGHTS, metadata={"format": "pt"})
             tokenizer_of(found).save_pretrained(staging)

@@ -114,7 +114,7 @@ class _Job:
         weights, options = self.weights, self.options
         total = sum(weights.source.entries[name].bytes for name in weights.names)
         compute = options.section.compute_dtype
-        with staged_folder(output) as staging:
+        with staged_folder(output, options.overwrite) as staging:
             digests = self.quantizer.write(
                 staging,
                 variant_name(options.section),

@@ -11,7 +11,7 @@ import torch
 
 from qlora_cli.model.base import load_base, load_config, meta_model, report
 from qlora_cli.model.folder import find_base
-from qlora_cli.model.nf4 import dequantize, four_bit_layers, is_four_bit, quantizable_layers
+from qlora_cli.model.nf4 import dequantize, four_bit_layers, four_bit_skeleton, is_four_bit
 from qlora_cli.recipe.schema import ModelSection, QuantizationSection
 from tests.conftest import make_llama
 
@@ -83,7 +83,8 @@ def test_evaluating_in_eval_mode_changes_no_stored_byte(base: Path, dtype: torch
 def test_report_and_structure_agree_on_how_much_is_four_bit(base: Path) -> None:
     held = report(load(base))
     skeleton = meta_model(load_config(find_base(str(base), None)))
-    four_bit = sum(layer.in_features * layer.out_features for layer in quantizable_layers(skeleton))  # type: ignore
+    planned = four_bit_layers(four_bit_skeleton(skeleton, QuantizationSection(), torch.float32)[0])
+    four_bit = sum(layer.in_features * layer.out_features for layer in planned.values())
     assert held.four_bit_parameters == four_bit == 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 128)
     assert held.parameters == four_bit + 320 * 64 + 5 * 64
     assert held.share_not_four_bit == pytest.approx(20_800 / 94_528)
