@@ -6,9 +6,7 @@ damage is measured on those very values; about one tensor is in memory.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -27,8 +25,6 @@ from qlora_cli.recipe.schema import QuantizationSection
 HEADER_BYTES, STATE_BYTES, NESTED_BYTES = 200, 1024, 1500
 """About what a tensor takes in a file's header, and a layer for its tables and state; more with double quantization."""
 
-M_MMAP_THRESHOLD = -3
-"""malloc.h"""
 
 Advance = Callable[[int], None]
 
@@ -119,14 +115,6 @@ class Quantizer:
         copy_companions(weights.source.folder.path, folder)
         stored = stored_config(section, compute, sorted(weights.skipped))
         write_config(weights.source.folder.path, folder, str(weights.dtype).removeprefix("torch."), stored)
-
-
-def return_freed_memory() -> None:
-    """Makes glibc hand buffers of 2 MB and more back when they are freed. By default its limit rises to 32 MB with what
-    a program frees; tensors' buffers then stay in the heap, and more with each."""
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if set_option is not None:
-        set_option(M_MMAP_THRESHOLD, 1 << 21)
 
 
 def layers_left_out(weights: BaseWeights, skip: str) -> list[str]:

@@ -22,6 +22,7 @@ from qlora_cli.data.turns import turn_encoder
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.evaluation.divergence import Divergence, diverge
 from qlora_cli.export.companions import GENERATION_CONFIG
+from qlora_cli.export.memory import return_freed_memory
 from qlora_cli.export.merge import Delta, Kind, Merger, deltas, merged_bytes
 from qlora_cli.export.weights import BaseWeights
 from qlora_cli.files import disk_errors, staged_folder, write_json, write_manifest, write_text
@@ -79,6 +80,7 @@ def run_merge(options: MergeOptions, emit: Emit) -> MergeResult:
     source = find_mergeable(options.target, options.adapter, options.allow_changed_base, emit)
     output = options.output or default_output(source.adapter, "merged")
     check_replaceable(output, options.overwrite, MERGED)
+    return_freed_memory()
     job = _Job(options, source, output, emit)
     with staged_folder(output, options.overwrite) as staging:
         receipt, others = job.fill(staging)

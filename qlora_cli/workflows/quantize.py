@@ -14,7 +14,8 @@ import torch
 
 from qlora_cli.errors import ModelError, RecipeError, RunDirectoryError
 from qlora_cli.export.digest import check_digests
-from qlora_cli.export.quantize import Quantizer, layers_left_out, return_freed_memory
+from qlora_cli.export.memory import return_freed_memory
+from qlora_cli.export.quantize import Quantizer, layers_left_out
 from qlora_cli.export.weights import BaseWeights
 from qlora_cli.files import MANIFEST, staged_folder, write_json, write_manifest, write_text
 from qlora_cli.model.base import is_packed, load_config
