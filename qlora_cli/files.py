@@ -6,6 +6,7 @@ Knows files only. Invariant: under a final name there is either nothing, the old
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.errors import DiskError
+from qlora_cli.errors import DiskError, QloraError, RunDirectoryError
 
 MANIFEST = "manifest.json"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -29,6 +30,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _disk_error(path, error) from error
+    except QloraError:
+        raise
     except Exception as error:
         if "(os error " not in str(error):  # how safetensors and tokenizers pass on what the system said
             raise
@@ -90,11 +93,21 @@ def staged_folder(final: Path, replace: bool = False) -> Iterator[Path]:
             if replace and final.is_dir() and any(final.iterdir()):
                 _replace(staging, final)
             else:
-                staging.replace(final)
+                _take_name(staging, final)
             _sync_folder(final.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _take_name(staging: Path, final: Path) -> None:
+    try:
+        staging.replace(final)
+    except OSError as error:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise
+        why = "something else was put there while this command ran"
+        raise RunDirectoryError(f"{final} exists", why=why, fix="move it away and run again") from error
 
 
 def _replace(staging: Path, final: Path) -> None:
@@ -130,8 +143,18 @@ def manifest_problems(folder: Path, names: Collection[str] | None = None) -> lis
         return [problem for name, entry in wanted.items() if (problem := _damage(folder / name, entry))]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return [f"{MANIFEST} cannot be read: {error}"]
+
+
+def unlisted(folder: Path) -> list[str]:
+    """Names of the files below `folder` that its manifest.json does not list."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        entries = {}
+    found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
+    return [name for name in found if name != MANIFEST and name not in entries]
 
 
 def _damage(path: Path, entry: dict[str, Any]) -> str:

@@ -6,9 +6,7 @@ code, and `--help` or a refused recipe never waits for torch.
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -20,6 +18,7 @@ from qlora_cli.cli.merge import merge
 from qlora_cli.cli.options import Adapter, AllowChangedBase, Json, Output, Overrides, Quiet
 from qlora_cli.cli.quantize import quantize
 from qlora_cli.cli.settings import SETTINGS
+from qlora_cli.cli.signals import end_on_signals, interruption
 from qlora_cli.errors import QloraError
 
 app = typer.Typer(
@@ -140,12 +139,12 @@ def chat(
 
     from qlora_cli.cli.console import Console
     from qlora_cli.cli.converse import answer_prompts, converse, decoding_of
-    from qlora_cli.workflows.chat import open_talk, read_prompts
+    from qlora_cli.workflows.chat import check_prompts, open_talk, read_prompts
     from qlora_cli.workflows.quiet import quiet_libraries
 
     quiet_libraries()
     console = Console(as_json, quiet)
-    rows = read_prompts(prompts) if prompts is not None else None
+    rows = check_prompts(read_prompts(prompts), target, adapter, system) if prompts is not None else None
     talk = open_talk(target, adapter, console, quantization.value, allow_changed_base)
     talk.instruct(system)
     decoding = decoding_of(talk, console, given)
@@ -157,45 +156,33 @@ def chat(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    _end_on_signals()
+    end_on_signals()
     try:
         app(args=list(argv) if argv is not None else None, prog_name="qlora")
     except SystemExit as end:
-        return _code(end)
-    except QloraError as error:
-        from qlora_cli.cli.console import show_error
-
-        show_error(error)
-        return error.exit_code
+        code = end.code if isinstance(end.code, int) else 0
+        return _interrupted(code) if code > 128 else code
     except Exception as error:
-        from qlora_cli.cli.console import show_bug
-
-        show_bug(error)
-        return 1
+        code = interruption()  # a library's native code may have made another exception of it
+        return _interrupted(code) if code is not None else _failed(error)
     return 0
 
 
-def _end_on_signals() -> None:
-    """A request to end, or a terminal that closes, ends the program as Ctrl-C does: with its state written. A signal
-    that was already ignored, as under nohup, stays so."""
+def _interrupted(code: int) -> int:
+    from qlora_cli.cli.console import show_interrupt
 
-    def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        for number in numbers:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, end)
-
-
-def _code(end: SystemExit) -> int:
-    code = end.code if isinstance(end.code, int) else 0
-    if code > 128:
-        from qlora_cli.cli.console import show_interrupt
-
-        show_interrupt()
+    show_interrupt()
     return code
+
+
+def _failed(error: Exception) -> int:
+    from qlora_cli.cli.console import show_bug, show_error
+
+    if isinstance(error, QloraError):
+        show_error(error)
+        return error.exit_code
+    show_bug(error)
+    return 1
 
 
 if __name__ == "__main__":

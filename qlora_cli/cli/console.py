@@ -7,6 +7,7 @@ than the first print nothing; without a terminal there is no carriage return and
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -111,19 +112,19 @@ class Console:
     @property
     def typed(self) -> bool:
         """Whether a person types at stdin, and reads what is not JSON."""
-        return sys.stdin.isatty() and not self._json
+        return _stdin().isatty() and not self._json
 
     def turns(self) -> Iterator[str]:
         """The user's turns from stdin, one per line, until its end."""
-        with _decoding_errors():
-            while line := sys.stdin.readline():
+        with _stdin_errors():
+            while line := _stdin().readline():
                 if line.strip():
                     yield line.rstrip("\n")
 
     def everything(self) -> str:
         """All of stdin, without its last line break."""
-        with _decoding_errors():
-            return sys.stdin.read().removesuffix("\n")
+        with _stdin_errors():
+            return _stdin().read().removesuffix("\n")
 
     def ask(self, prompt: str) -> str | None:
         """What is typed next: lines that end in a backslash go on. Empty where Ctrl-C cleared it; None at the end."""
@@ -153,9 +154,12 @@ class Console:
             dim = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
             print(f"\x1b[2m{text}\x1b[0m" if dim else text, file=sys.stderr, flush=True)
 
-    def problem(self, error: QloraError) -> None:
+    def problem(self, error: Exception) -> None:
         """An error after which the command goes on."""
-        show_error(error)
+        if isinstance(error, QloraError):
+            show_error(error)
+        else:
+            show_bug(error)
 
     def side_by_side(self, texts: Mapping[str, str]) -> None:
         """Texts under their names, on stdout: in columns where those are wide enough, else one after the other."""
@@ -189,12 +193,19 @@ def _typed_line(prompt: str) -> str:
     return line.rstrip("\n")
 
 
+def _stdin() -> TextIO:
+    """Nothing can be read where stdin is closed."""
+    return sys.stdin or io.StringIO()
+
+
 @contextlib.contextmanager
-def _decoding_errors() -> Iterator[None]:
+def _stdin_errors() -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
         raise DataError(f"stdin is not UTF-8: {error.reason}", fix="convert it, e.g. with iconv") from error
+    except OSError as error:
+        raise DataError(f"stdin cannot be read: {error.strerror}", fix="pipe turns in, or give --prompt TEXT") from error
 
 
 def _harmless(text: str, stream: TextIO) -> str:

@@ -7,13 +7,14 @@ answer that was cut short is said.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.cli.console import Console
 from qlora_cli.cli.repl import Repl
-from qlora_cli.cli.settings import without_effect
+from qlora_cli.cli.settings import SETTINGS, without_effect
+from qlora_cli.errors import ModelError
 
 if TYPE_CHECKING:
     from qlora_cli.workflows.chat import Decoding, Prompt, Talk
@@ -23,9 +24,21 @@ def decoding_of(talk: Talk, console: Console, given: dict[str, Any]) -> Decoding
     """What the model's generation config asks for, with what is given instead."""
     from qlora_cli.workflows.events import Notice
 
-    decoding = replace(talk.voices.defaults(), **given)
+    decoding = replace(_checked(talk.voices.defaults(), given), **given)
     if idle := without_effect(given, decoding.temperature):
         console(Notice(idle))
+    return decoding
+
+
+def _checked(decoding: Decoding, given: Container[str]) -> Decoding:
+    """What of the model's own is not replaced by what is `given` must be in range."""
+    wrong = {n: getattr(decoding, n) for n, setting in SETTINGS.items() if not setting.holds(getattr(decoding, n))}
+    told = [f"{name} is {value!r}, not {SETTINGS[name].range()}" for name, value in wrong.items() if name not in given]
+    if told:
+        raise ModelError(
+            f"the model's generation_config.json: {'; '.join(told)}",
+            fix=f"correct it there, or give {', '.join(f'--{n}'.replace('_', '-') for n in wrong if n not in given)}",
+        )
     return decoding
 
 

@@ -47,7 +47,10 @@ Base = Annotated[
         "dequantized, then 4 bits again (mostly erases the adapter); auto: measure all, take the best.",
     ),
 ]
-Dtype = Annotated[MergeDtype, typer.Option("--dtype", help="Type of the merged weights.")]
+Dtype = Annotated[
+    Optional[MergeDtype],  # noqa: UP045
+    typer.Option("--dtype", help="Type of the merged weights (default: bf16)."),
+]
 VerifyData = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--verify-data", metavar="FILE", help="Rows to compare on (default: those the run held out)."),
@@ -76,7 +79,7 @@ def merge(
     adapter: Adapter = None,
     output: Output = None,
     base: Base = MergeBase.dequantized,
-    dtype: Dtype = MergeDtype.bf16,
+    dtype: Dtype = None,
     verify_data: VerifyData = None,
     verify_rows: VerifyRows = 64,
     tolerance: Tolerance = 0.01,
@@ -96,6 +99,10 @@ def merge(
     """
     if no_verify and (base is MergeBase.auto or verify_data):
         raise typer.BadParameter("--no-verify measures nothing, which --base auto and --verify-data ask for")
+    if portable_adapter and (base is not MergeBase.dequantized or dtype or no_verify or verify_data):
+        raise typer.BadParameter("--portable-adapter merges nothing: --base, --dtype and verification have no meaning")
+    if base is MergeBase.requantized and dtype:
+        raise typer.BadParameter("--base requantized keeps the type that training computed in: leave --dtype out")
     if public and push is None:
         raise typer.BadParameter("--public says how to --push, which is not given")
 
@@ -104,7 +111,7 @@ def merge(
         "adapter": adapter,
         "output": output,
         "base": base.value,
-        "dtype": dtype.value,
+        "dtype": dtype.value if dtype else None,
         "verify": not no_verify,
         "verify_data": verify_data,
         "verify_rows": verify_rows,

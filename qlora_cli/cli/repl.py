@@ -15,6 +15,7 @@ import typer
 
 from qlora_cli.cli.console import Console, StdoutError
 from qlora_cli.cli.history import History, history_file
+from qlora_cli.cli import signals
 from qlora_cli.cli.settings import SETTINGS, nearest, parse_setting, without_effect
 from qlora_cli.errors import QloraError
 
@@ -48,6 +49,7 @@ class Repl:
         self._console.status("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends")
         while not self._over:
             with contextlib.suppress(KeyboardInterrupt):  # one more, while the first is still dealt with
+                signals.forget()
                 line = self._console.ask(f"{self._speaker()}> ")
                 if line is None:
                     return
@@ -67,12 +69,21 @@ class Repl:
                 self._answer(self._talk.say(line.removeprefix("/") if line.startswith("//") else line, self.decoding))
         except StdoutError:
             raise
-        except QloraError as error:
-            self._console.problem(error)
         except typer.BadParameter as error:
             self._console.hint(f"error: {error.message}")
         except KeyboardInterrupt:
             self._console.hint("")
+        except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        """Shows why a turn failed; one that Ctrl-C ended within a library's native code was interrupted."""
+        if signals.was_ctrl_c():
+            self._console.hint("")
+        elif signals.interruption() is not None:
+            raise error
+        else:
+            self._console.problem(error)
 
     def _command(self, line: str) -> None:
         name, _, rest = line[1:].partition(" ")
@@ -141,6 +152,8 @@ class Repl:
         if not name:
             marks = [f"{'*' if each == voices.active else ' '} {each or BASE}" for each in (None, *voices.names)]
             self._console.hint("\n".join(marks))
+        elif name not in voices.names and (first := name.split()[0]) in voices.names:
+            raise typer.BadParameter(f"/adapter takes one name (got {name.removeprefix(first).strip()} behind {first})")
         elif name not in voices.names:
             known = nearest(name, voices.names) if voices.names else "none was loaded (--adapter DIR)"
             raise typer.BadParameter(f"there is no adapter {name}; {known}")

@@ -18,13 +18,15 @@ Value = float | int
 
 @dataclass(frozen=True)
 class Setting:
-    """A number: its type, range and help. `above` True leaves out the lower end of the range."""
+    """A number: its type, range and help. `above` True leaves out the lower end of the range; `zero` True lets 0 in,
+    which lies below it."""
 
     kind: type[float] | type[int]
     least: float
     most: float
     help: str
     above: bool = False
+    zero: bool = False
 
     def __call__(self, text: str) -> Value:
         """The number in `text`. Raises `typer.BadParameter` with one line."""
@@ -32,24 +34,31 @@ class Setting:
             value = self.kind(text)
         except ValueError as error:
             raise typer.BadParameter(f"{text!r} is not {self.range()}") from error
-        inside = (self.least < value if self.above else self.least <= value) and value <= self.most
-        if not inside or not math.isfinite(value):
+        if not self.holds(value):
             raise typer.BadParameter(f"{text} is not {self.range()}")
         return value
+
+    def holds(self, value: object) -> bool:
+        """Whether it is a number of this type (a whole one for a float, too) within the range."""
+        if isinstance(value, bool) or not isinstance(value, int | self.kind):
+            return False
+        above = self.least < value if self.above else self.least <= value
+        return (above and value <= self.most and abs(value) < math.inf) or (self.zero and value == 0)
 
     def range(self) -> str:
         """In words."""
         kind = "a whole number" if self.kind is int else "a number"
         low = f"{'above' if self.above else 'from'} {self.least:g}"
-        return f"{kind} {low}{f' to {self.most:,.0f}' if math.isfinite(self.most) else ''}"
+        high = f" to {self.most:,.0f}" if math.isfinite(self.most) else ""
+        return f"{kind} {low}{high}{', or 0' if self.zero else ''}"
 
 
 SETTINGS = {
-    "temperature": Setting(float, 0, math.inf, "0 takes the likeliest token; higher varies more."),
+    "temperature": Setting(float, 0.01, math.inf, "0 takes the likeliest token; higher varies more.", zero=True),
     "top_p": Setting(float, 0, 1, "Draw from the likeliest tokens of this probability together.", above=True),
     "top_k": Setting(int, 0, math.inf, "Draw from this many likeliest tokens; 0: all."),
     "min_p": Setting(float, 0, 1, "Draw from tokens at least this times as likely as the likeliest."),
-    "repetition_penalty": Setting(float, 0, math.inf, "Above 1: less of what was there before.", above=True),
+    "repetition_penalty": Setting(float, 0.1, math.inf, "Above 1: less of what was there before."),
     "max_new_tokens": Setting(int, 1, math.inf, "Most tokens of an answer."),
     "seed": Setting(int, 0, 2**32 - 1, "Seed of the draws."),
 }

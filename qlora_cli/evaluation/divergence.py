@@ -41,6 +41,7 @@ def diverge(reference: Any, other: Any, rows: Sequence[Encoded], batch_size: int
         sums += _sums(reference, other, batch, device)
     targets = sum(row.targets for row in rows)
     kl, without, agreed, reference_loss, other_loss = (float(value) / targets for value in sums)
+    kl, without = max(kl, 0.0), max(without, 0.0)  # never negative but for rounding; a number that is none stays so
     return Divergence(kl, without, agreed, reference_loss, other_loss, len(rows), targets)
 
 

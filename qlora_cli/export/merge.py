@@ -79,6 +79,8 @@ def deltas(weights: BaseWeights, tensors: Mapping[str, Tensor], lora: LoraSectio
     problems = mismatches(expected, tensors)
     if problems:
         raise ModelError.of([Problem(text, where=str(where)) for text in problems])
+    if not any(bool(value.any()) for key, value in tensors.items() if ".lora_B." in key):
+        raise ModelError("the adapter has learned nothing: every B is zero", where=str(where))
     scaling = scaling_of(lora)
     return {
         files[name]: Delta(
@@ -179,7 +181,7 @@ class Merger:
             raise ModelError(
                 f"{name} has values that are not finite in {kind}",
                 why="float16 ends at 65,504" if self._dtype == torch.float16 else "the base or the adapter holds them",
-                fix="merge with --dtype bf16" if self._dtype == torch.float16 else "check the base's files",
+                fix="merge with --dtype bf16" if self._dtype == torch.float16 else "check base and adapter",
             )
         return value
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from qlora_cli.generation.cache import continues, grow_in_place
-from qlora_cli.generation.sampling import Decoding, choose
+from qlora_cli.generation.sampling import Decoding, check_logits, choose
 from qlora_cli.model.decode import FastDecoding, evaluating
 
 
@@ -117,7 +117,9 @@ class Decoder:
             output = self._model(input_ids=new, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
             self._cache = grow_in_place(getattr(output, "past_key_values", None))
             self._ids = [] if self._cache is None else ids.copy()
-        return output.logits[0, -1].float()
+            logits: Tensor = output.logits[0, -1].float()
+            check_logits(logits)
+        return logits
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -161,7 +163,15 @@ def _complete_batch(model: Any, prompts: Sequence[Sequence[int]], config: Genera
     width, pad = max(map(len, prompts)), config.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    rows: list[list[int]] = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[
-        :, width:
-    ].tolist()
+    check = LogitsProcessorList([_Finite()])
+    done = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=check)
+    rows: list[list[int]] = done[:, width:].tolist()
     return rows
+
+
+class _Finite(LogitsProcessor):  # type: ignore[misc]
+    """Leaves the logits as they are, or stops (see `check_logits`)."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_logits(scores)
+        return scores

@@ -13,6 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_cli.errors import ModelError, NonFiniteError
+
+LEAST = torch.finfo(torch.float32).tiny
+"""What float32 can divide by."""
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -35,15 +40,20 @@ class Decoding:
 def model_decoding(model: Any, max_new_tokens: int = 512) -> Decoding:
     """What the model's own generation_config.json asks for; a value that it does not name is off."""
     config = model.generation_config
-    penalty = config.repetition_penalty or 1.0
+    penalty = 1.0 if config.repetition_penalty is None else config.repetition_penalty
+    if not isinstance(config.do_sample, bool | None):
+        raise ModelError(
+            f"the model's generation_config.json: do_sample is {config.do_sample!r}, not true or false",
+            fix="correct it there",
+        )
     if not config.do_sample:
         return Decoding(max_new_tokens, repetition_penalty=penalty)
     return Decoding(
         max_new_tokens,
         temperature=1.0 if config.temperature is None else config.temperature,
         top_p=1.0 if config.top_p is None else config.top_p,
-        top_k=config.top_k or 0,
-        min_p=config.min_p or 0.0,
+        top_k=0 if config.top_k is None else config.top_k,
+        min_p=0.0 if config.min_p is None else config.min_p,
         repetition_penalty=penalty,
     )
 
@@ -56,6 +66,17 @@ def choose(logits: Tensor, seen: Sequence[int], decoding: Decoding, generator: t
     probabilities, ids = distribution(logits, decoding)
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return int(drawn if ids is None else ids[drawn])
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raises `NonFiniteError` where logits [..., V] hold NaN or infinity; tokens may be ruled out with -inf, not all."""
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise NonFiniteError(
+            "the model's logits are not finite numbers",
+            why="a token drawn from them would be noise",
+            fix="check the weights (`qlora eval` measures them); if they are good, compute in a wider type: "
+            "quantization.compute_dtype bfloat16 or float32",
+        )
 
 
 def penalised(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
@@ -71,7 +92,7 @@ def penalised(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
 def distribution(logits: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor | None]:
     """(weights, ids): with what probability each token is drawn, up to a common factor. `ids` are the tokens that the
     weights belong to; None stands for the whole vocabulary."""
-    scores, ids = logits / decoding.temperature, None
+    scores, ids = (logits - logits.max()) / max(decoding.temperature, LEAST), None
     if 0 < decoding.top_k < len(scores):
         ids = (scores >= scores.topk(decoding.top_k).values[-1]).nonzero().flatten()
         scores = scores[ids]
@@ -90,7 +111,7 @@ def _outside_nucleus(probabilities: Tensor, mass: float) -> Tensor:
     ascending, order = probabilities[likely].sort()
     unlikely = 1 - ascending.sum()
     inside = ascending.cumsum(0) + unlikely > 1 - mass
-    inside[-1:] = True
     outside = torch.ones_like(probabilities, dtype=torch.bool)
     outside[likely[order[inside]]] = False
+    outside[probabilities.argmax()] = False
     return outside

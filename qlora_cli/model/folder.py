@@ -16,7 +16,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 from qlora_cli.errors import MachineError, ModelError, QloraError
-from qlora_cli.files import sample_hash, sha256
+from qlora_cli.files import MANIFEST, manifest_problems, sample_hash, sha256
 from qlora_cli.hub import hub_reachable
 
 INDEX = "model.safetensors.index.json"
@@ -58,14 +58,15 @@ def find_base(name: str, revision: str | None, weights: bool = True) -> BaseFold
     Raises `ModelError` for what is missing or unsafe, `MachineError` for a Hub out of reach or a login that lacks.
     """
     local = Path(name).expanduser()
-    folder = BaseFolder(name, local, None) if _is_folder(local) else _from_hub(name, revision, weights)
+    folder = BaseFolder(name, local, None) if is_folder(local) else _from_hub(name, revision, weights)
     _check_config(folder)
     if weights:
         _check_weights(folder)
     return folder
 
 
-def _is_folder(path: Path) -> bool:
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder; a name that cannot be one is none."""
     try:
         return path.is_dir()
     except OSError:  # a name too long for a file, say
@@ -121,11 +122,23 @@ def _check_config(folder: BaseFolder) -> None:
 
 
 def _check_weights(folder: BaseFolder) -> None:
+    _check_manifest(folder)
     index = folder.path / INDEX
     if index.is_file():
         _check_index(folder, read_json(index))
     elif not folder.weight_files():
         raise _no_safetensors(folder)
+
+
+def _check_manifest(folder: BaseFolder) -> None:
+    """A folder that this program wrote is as it was written, but for its card, which anybody may edit."""
+    problems = [problem for problem in manifest_problems(folder.path) if not problem.startswith("README.md")]
+    if problems:
+        raise ModelError(
+            f"{folder.name} is damaged: {'; '.join(problems[:3])}",
+            why=f"{MANIFEST} beside it says what was written",
+            fix=f"write it again or take it from a copy; if you changed it yourself, delete its {MANIFEST}",
+        )
 
 
 def _check_index(folder: BaseFolder, index: Any) -> None:
@@ -163,7 +176,7 @@ def read_json(path: Path) -> Any:
     """The JSON object in `path`, or a `ModelError` that names it."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}", fix="download or write it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: must hold a JSON object")

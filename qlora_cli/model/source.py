@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_cli.errors import ModelError
-from qlora_cli.files import MANIFEST, manifest_problems
 from qlora_cli.model.folder import INDEX, BaseFolder, read_json
 
 DTYPES = {
@@ -81,16 +80,6 @@ class Source:
             with _opened(entry.file) as file:
                 piece = file.get_slice(name)[start : start + step].clone()
             yield piece
-
-    def check_manifest(self) -> None:
-        """Raises `ModelError` when the folder has a manifest and a file is not as that says. Reads every byte."""
-        problems = manifest_problems(self.folder.path)
-        if problems:
-            raise ModelError(
-                f"{self.folder.name} is damaged: {'; '.join(problems[:3])}",
-                why=f"its {MANIFEST} says what was written",
-                fix="write or download it again",
-            )
 
 
 def _files(folder: BaseFolder) -> list[Path]:

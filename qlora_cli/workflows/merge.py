@@ -33,8 +33,8 @@ from qlora_cli.recipe.schema import DataSection, QuantizationSection
 from qlora_cli.training.guard import memory_guard
 from qlora_cli.workflows.card import RECIPE_FILE, base_line
 from qlora_cli.workflows.events import Emit, Fact, Meter, Notice, Saved, Stage
-from qlora_cli.workflows.locate import MERGED, Loaded, load_model, origin_of, tell_changes
-from qlora_cli.workflows.mergeable import Mergeable, default_output, find_mergeable
+from qlora_cli.workflows.locate import MERGED, Loaded, base_folder, load_model, origin_of, tell_changes
+from qlora_cli.workflows.mergeable import Mergeable, check_mergeable, check_settings, default_output, find_adapter
 from qlora_cli.workflows.receipt import LEAST_SURVIVAL, Candidate, Receipt, merged_card
 from qlora_cli.workflows.rundir import check_replaceable, check_space
 
@@ -53,7 +53,7 @@ class MergeOptions:
     adapter: Path | None = None
     output: Path | None = None
     base: Base = "dequantized"
-    dtype: str = "bf16"
+    dtype: str | None = None
     verify: bool = True
     verify_data: Path | None = None
     verify_rows: int = 64
@@ -77,14 +77,16 @@ class MergeResult:
 
 def run_merge(options: MergeOptions, emit: Emit) -> MergeResult:
     """Merges. Raises `ModelError` when the merged model is further from base + adapter than the tolerance."""
-    source = find_mergeable(options.target, options.adapter, options.allow_changed_base, emit)
-    output = options.output or default_output(source.adapter, "merged")
-    check_replaceable(output, options.overwrite, MERGED)
+    found = find_adapter(options.target, options.adapter, emit)
+    assert found.adapter is not None, "what was found is an adapter"
+    output = options.output or default_output(found.adapter, "merged")
+    check_replaceable(output, options.overwrite, MERGED, [found.adapter, base_folder(found).path])
+    source = check_mergeable(found, options.allow_changed_base, emit)
     return_freed_memory()
     job = _Job(options, source, output, emit)
     with staged_folder(output, options.overwrite) as staging:
         receipt, others = job.fill(staging)
-    emit(Saved("merged model" if receipt.divergence else "merged model (not compared)", output))
+    emit(Saved("merged model", output) if receipt.divergence else Notice(f"{output} was not compared with anything"))
     return MergeResult(output, receipt, tuple(others))
 
 
@@ -97,7 +99,6 @@ class _Job:
         self._stop_ids = turn_encoder(source.tokenizer, data.template, data.format).stop_ids
         self._rows, self._rows_from = self._read_rows(data) if options.verify else ((), "")
         self._weights = BaseWeights(source.folder, source.found.recipe.quantization, source.dtype, source.device)
-        self._weights.source.check_manifest()
         self._deltas = self._read_deltas()
         self._candidates = self._possible()
         needed = max(merged_bytes(self._weights, each.base, DTYPES[each.dtype]) for each in self._candidates)
@@ -106,7 +107,9 @@ class _Job:
     def _read_deltas(self) -> dict[str, Delta]:
         adapter, lora = self._source.adapter, self._source.found.recipe.lora
         assert lora is not None, "an adapter's recipe has a lora section"
-        found = deltas(self._weights, read_adapter(adapter)[1], lora, adapter)
+        config, tensors = read_adapter(adapter)
+        check_settings(config, lora, adapter)
+        found = deltas(self._weights, tensors, lora, adapter)
         four_bit = sum(layer.four_bit for layer in self._weights.layers.values())
         self._emit(Fact("base", f"{self._source.folder.name}, {four_bit} layers in 4 bits"))
         self._emit(Fact("adapter", f"{adapter}, {len(found)} layers"))
@@ -138,7 +141,13 @@ class _Job:
         refused = {kind: problem for kind in asked if (problem := self._impossible(kind))}
         if len(refused) == len(asked):
             raise refused[asked[0]]
-        return [Candidate(kind, self._options.dtype) for kind in asked if kind not in refused]
+        return [Candidate(kind, self._dtype_of(kind)) for kind in asked if kind not in refused]
+
+    def _dtype_of(self, kind: Kind) -> str:
+        """What is stored in 4 bits keeps the type that training computed in."""
+        if kind != "requantized":
+            return self._options.dtype or "bf16"
+        return next(name for name, dtype in DTYPES.items() if dtype == self._weights.dtype)
 
     def _impossible(self, kind: Kind) -> ModelError | None:
         name = self._source.folder.name
@@ -153,7 +162,10 @@ class _Job:
 
     def fill(self, staging: Path) -> tuple[Receipt, list[Receipt]]:
         """Writes the merged model into `staging`; returns its receipt, and those of what was measured beside it."""
-        best, *others = sorted(self._measured(staging), key=lambda receipt: receipt.distance)
+        measured = sorted(self._measured(staging), key=lambda receipt: receipt.distance)
+        if not measured:
+            raise ModelError("no way of merging gives finite weights", fix="merge with --dtype fp32")
+        best, *others = measured
         if not best.passed:
             raise self._refusal(best, others, staging)
         self._take(staging, best, others)
@@ -165,12 +177,26 @@ class _Job:
         for candidate in self._candidates:
             folder = _place(staging, candidate)
             folder.mkdir()
-            receipt = self._attempt(candidate, folder)
+            receipt = self._attempt_or_none(candidate, folder)
+            if receipt is None:
+                shutil.rmtree(folder)
+                continue
             yield receipt
             if best is None or receipt.distance < best.distance:
                 best, receipt = receipt, best or receipt
             if receipt is not best:
                 shutil.rmtree(_place(staging, receipt.candidate))
+
+    def _attempt_or_none(self, candidate: Candidate, folder: Path) -> Receipt | None:
+        """A candidate that cannot be written (values that its type cannot hold, say) is only told where there are
+        others."""
+        try:
+            return self._attempt(candidate, folder)
+        except ModelError as error:
+            if len(self._candidates) == 1:
+                raise
+            self._emit(Notice(f"{candidate}: {error.problems[0].what}"))
+            return None
 
     def _attempt(self, candidate: Candidate, folder: Path) -> Receipt:
         """Writes one candidate, reads it back and compares it."""
@@ -179,14 +205,15 @@ class _Job:
         merger.write(folder, Meter(f"merging, {candidate}", total, self._emit))
         divergence = self._compare(folder, candidate) if self._rows else None
         kept, error = merger.survival.share, merger.survival.error
-        receipt = Receipt(candidate, kept, error, divergence, self._rows_from, self._options.tolerance)
+        changed, limit = self._source.base_changed, self._options.tolerance
+        receipt = Receipt(candidate, kept, error, divergence, self._rows_from, limit, changed)
         self._emit(Fact("receipt", receipt.line()))
         return receipt
 
     def _compare(self, folder: Path, candidate: Candidate) -> Divergence:
         self._emit(Stage(f"comparing it with base + adapter on {len(self._rows):,} rows"))
         section = self._source.found.recipe.model
-        dtype = self._source.dtype if candidate.base == "requantized" else DTYPES[candidate.dtype]
+        dtype = DTYPES[candidate.dtype]
         with memory_guard("comparing the merged model"):
             reference = self._reference.model
             plain = QuantizationSection(type="none", double_quant=False)
@@ -214,8 +241,12 @@ class _Job:
 
     def _passes(self, candidate: Candidate, staging: Path) -> bool:
         self._emit(Notice(f"measuring whether {candidate} would do"))
-        with tempfile.TemporaryDirectory(dir=staging) as folder:
-            return self._attempt(candidate, Path(folder)).passed
+        try:
+            with tempfile.TemporaryDirectory(dir=staging) as folder:
+                return self._attempt(candidate, Path(folder)).passed
+        except ModelError as error:
+            self._emit(Notice(f"{candidate}: {error.problems[0].what}"))
+            return False
 
     def _take(self, staging: Path, receipt: Receipt, others: Sequence[Receipt]) -> None:
         """Puts the chosen candidate in place, with everything that belongs beside it."""

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_cli import __version__
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import ModelError, Problem
 from qlora_cli.files import disk_errors, staged_folder, write_json, write_manifest, write_text
 from qlora_cli.model.adapter import CONFIG, WEIGHTS, read_adapter
 from qlora_cli.model.lora import scaling_of
@@ -29,7 +29,7 @@ from qlora_cli.workflows.card import ORIGIN_FILE, RECIPE_FILE, base_line
 from qlora_cli.workflows.events import Emit, Fact, Saved
 from qlora_cli.workflows.locate import origin_of, tokenizer_of
 from qlora_cli.workflows.merge import MergeOptions
-from qlora_cli.workflows.mergeable import default_output, find_adapter
+from qlora_cli.workflows.mergeable import check_settings, default_output, find_adapter
 from qlora_cli.workflows.rundir import check_replaceable, check_space
 
 PORTABLE = "portable.json"
@@ -57,8 +57,10 @@ def run_portable(options: MergeOptions, emit: Emit) -> PortableResult:
     folder, lora = found.adapter, found.recipe.lora
     assert folder is not None and lora is not None, "what was found is an adapter"
     output = options.output or default_output(folder, "portable")
-    check_replaceable(output, options.overwrite, PORTABLE)
+    check_replaceable(output, options.overwrite, PORTABLE, [folder])
     config, tensors = read_adapter(folder)
+    check_settings(config, lora, folder)
+    _check_pairs(tensors, lora.r, folder)
     check_space(output, sum(tensor.numel() * 4 for tensor in tensors.values()))
     scaling = scaling_of(lora)
     emit(Fact("adapter", f"{folder}, scaling {scaling:g} goes into B"))
@@ -78,6 +80,26 @@ def run_portable(options: MergeOptions, emit: Emit) -> PortableResult:
         write_manifest(staging)
     emit(Saved("portable adapter", output))
     return PortableResult(output, scaling, error)
+
+
+def _check_pairs(tensors: Mapping[str, Tensor], rank: int, folder: Path) -> None:
+    """Raises `ModelError` naming every tensor that is no A [r, in] or B [out, r], or lacks the other."""
+    problems = []
+    for key, value in tensors.items():
+        kind, axis = ("A", 0) if key.endswith(".lora_A.weight") else ("B", 1)
+        partner = key.replace(f".lora_{kind}.", f".lora_{'B' if kind == 'A' else 'A'}.")
+        if not key.endswith(f".lora_{kind}.weight"):
+            problems.append(f"{key} is neither an A nor a B of LoRA")
+        elif partner not in tensors:
+            problems.append(f"{partner} is not in the file")
+        elif value.ndim != 2 or value.shape[axis] != rank:
+            problems.append(f"{key} is {tuple(value.shape)}, its rank should be {rank}")
+        elif not bool(value.isfinite().all()):
+            problems.append(f"{key} holds values that are not finite")
+    if not problems and not any(bool(value.any()) for key, value in tensors.items() if ".lora_B." in key):
+        problems.append("the adapter has learned nothing: every B is zero")
+    if problems:
+        raise ModelError.of([Problem(text, where=str(folder)) for text in sorted(problems)])
 
 
 def _folded(tensors: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from qlora_cli.errors import ModelError, RecipeError, RunDirectoryError
+from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.export.digest import check_digests
 from qlora_cli.export.memory import return_freed_memory
 from qlora_cli.export.quantize import Quantizer, layers_left_out
 from qlora_cli.export.weights import BaseWeights
-from qlora_cli.files import MANIFEST, staged_folder, write_json, write_manifest, write_text
+from qlora_cli.files import staged_folder, write_json, write_manifest, write_text
 from qlora_cli.model.base import is_packed, load_config
 from qlora_cli.model.device import DTYPES, Machine, find_machine
 from qlora_cli.model.folder import BaseFolder, find_base
@@ -25,7 +25,7 @@ from qlora_cli.model.writer import SHARD_BYTES
 from qlora_cli.recipe.hints import nearest_word
 from qlora_cli.recipe.schema import QuantizationSection
 from qlora_cli.workflows.card import RECIPE_FILE
-from qlora_cli.workflows.events import Emit, Meter, Saved, Stage
+from qlora_cli.workflows.events import Emit, Meter, Saved
 from qlora_cli.workflows.plot import check_plot, plot_damage
 from qlora_cli.workflows.prepare import local_rank
 from qlora_cli.workflows.quantize_loss import Measured, Measuring, Rows, read_rows_of
@@ -71,7 +71,7 @@ def run_quantize(model: str, options: QuantizeOptions, emit: Emit) -> QuantizeRe
     `options.compare` only."""
     variants = _variants(options)
     if options.output is not None:
-        _check_output(options.output, model, options.overwrite)
+        check_replaceable(options.output, options.overwrite, REPORT, [Path(model)])
     check_plot(options.plot)
     machine = find_machine("auto", local_rank())
     folder = _find(model)
@@ -81,9 +81,6 @@ def run_quantize(model: str, options: QuantizeOptions, emit: Emit) -> QuantizeRe
     quantizer = Quantizer(weights, variants, cast)
     if options.output is not None:
         check_space(options.output, quantizer.estimate(variant_name(options.section)))
-    if (folder.path / MANIFEST).is_file():
-        emit(Stage(f"comparing {model} with its {MANIFEST}"))
-    weights.source.check_manifest()
     return_freed_memory()
     job = _Job(folder, options, weights, quantizer, rows, machine, emit)
     result = job.write(options.output) if options.output is not None else job.compare()
@@ -173,13 +170,6 @@ class _Job:
         if recipe.is_file():
             write_text(staging / RECIPE_FILE, recipe.read_text(encoding="utf-8"))
         write_manifest(staging)
-
-
-def _check_output(path: Path, model: str, overwrite: bool) -> None:
-    """Raises `RunDirectoryError` for a folder that may not be replaced, and for the model itself."""
-    if path.exists() and Path(model).exists() and path.resolve() == Path(model).resolve():
-        raise RunDirectoryError(f"{path} is the model to be quantised", fix="name another folder with -o DIR")
-    check_replaceable(path, overwrite, REPORT)
 
 
 def _find(model: str) -> BaseFolder:

@@ -18,6 +18,9 @@ LEAST_SURVIVAL = 0.5
 """Of the delta, in the merged weights: below, most of what was learned is gone whatever the rows say."""
 
 
+OTHER_BASE = "**The base is not the one that the adapter was trained on** (`--allow-changed-base`)."
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A way to merge."""
@@ -26,7 +29,7 @@ class Candidate:
     dtype: str
 
     def __str__(self) -> str:
-        return "--base requantized" if self.base == "requantized" else f"--base {self.base} --dtype {self.dtype}"
+        return f"--base {self.base}" + (f" --dtype {self.dtype}" if self.base != "requantized" else "")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Receipt:
     divergence: Divergence | None
     rows_from: str
     tolerance: float
+    base_changed: bool = False
 
     @property
     def distance(self) -> float:
@@ -69,7 +73,8 @@ class Receipt:
             "qlora": __version__,
             **asdict(self.candidate),
             "verified": self.divergence is not None,
-            "passed": self.passed,
+            "passed": self.passed if self.divergence else None,
+            "base_changed_since_training": self.base_changed,
             "tolerance": self.tolerance,
             "rows_from": self.rows_from,
             "delta_survived": self.delta_survived,
@@ -103,6 +108,7 @@ def merged_card(recipe: Recipe, base: Sequence[str], adapter: str, receipt: Rece
         "",
         compared,
         "",
+        *([OTHER_BASE, ""] if receipt.base_changed else []),
         *_table(receipt),
     ]
     if others:

@@ -11,37 +11,48 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import DiskError, RunDirectoryError
-from qlora_cli.files import disk_errors, write_json, write_text
+from qlora_cli.files import disk_errors, unlisted, write_json, write_text
 
 STATUS = "status.json"
 
 
 def _check_place(path: Path) -> None:
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    try:
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    except OSError as error:  # a name too long, say
+        raise DiskError(f"{str(path)[:80]}: {error.strerror}", fix="name another directory with -o DIR") from error
     if not existing.is_dir():
         raise RunDirectoryError(f"{existing} is a file", fix="name another directory with -o DIR")
     if not os.access(existing, os.W_OK):
         raise DiskError(f"{existing} cannot be written to", fix="name another directory with -o DIR")
 
 
-def check_replaceable(path: Path, overwrite: bool, mark: str) -> None:
-    """Raises `RunDirectoryError` unless `path` is new or empty, or may be replaced: it holds the file `mark`, which
-    only this command writes, and the user said so."""
+def check_replaceable(path: Path, overwrite: bool, mark: str, read: Sequence[Path] = ()) -> None:
+    """Raises `RunDirectoryError` unless `path` is new or empty, or may be replaced: the user said so, and it holds the
+    file `mark`, which only this command writes, and nothing that this command did not write. It may be or hold neither
+    the current folder nor one of those `read`."""
     _check_place(path)
+    fix = "name another directory with -o DIR"
+    if path.is_symlink():
+        raise RunDirectoryError(f"{path} is a symbolic link", fix="name the folder itself with -o DIR")
+    for folder in (Path(), *read):
+        if path.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise RunDirectoryError(f"{path} is or holds {folder if folder.name else 'the current folder'}", fix=fix)
     if not path.is_dir() or not any(path.iterdir()):
         return
     if not overwrite:
-        raise RunDirectoryError(f"{path} exists", fix="name another directory with -o DIR, or add --overwrite")
+        raise RunDirectoryError(f"{path} exists", fix=f"{fix}, or add --overwrite")
     if not (path / mark).is_file():
-        raise RunDirectoryError(
-            f"{path} was not written by this command",
-            why=f"--overwrite replaces a folder that holds {mark}, and nothing else",
-            fix="name another directory with -o DIR, or move it away",
-        )
+        why = f"--overwrite replaces a folder that holds {mark}, and nothing else"
+        raise RunDirectoryError(f"{path} was not written by this command", why=why, fix=f"{fix}, or move it away")
+    if others := unlisted(path):
+        why = f"it holds what this command did not write: {', '.join(others[:3])}"
+        raise RunDirectoryError(f"{path} is not replaced", why=why, fix=f"move that away, or {fix}")
 
 
 def check_unused(path: Path) -> None:

@@ -208,8 +208,12 @@ def test_an_existing_folder_is_refused_and_only_a_merged_one_can_be_overwritten(
     (other / "manifest.json").write_text("{}")
     assert main([*command, str(other), "--overwrite"]) == 10
     assert "was not written by this command" in capsys.readouterr().err
+    assert main([*command, str(out), "--overwrite"]) == 10
+    assert "what this command did not write: mine.txt" in capsys.readouterr().err
+    (out / "mine.txt").unlink()
+    before = (out / "README.md").stat().st_ino
     assert main([*command, str(out), "--overwrite"]) == 0
-    assert not (out / "mine.txt").exists() and (out / "model.safetensors").is_file()
+    assert (out / "README.md").stat().st_ino != before
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
 
 
@@ -315,7 +319,15 @@ def test_a_run_that_trained_every_weight_has_nothing_to_merge(
 
 
 @pytest.mark.parametrize(
-    "options", [["--no-verify", "--base", "auto"], ["--no-verify", "--verify-data", "x"], ["--public"]]
+    "options",
+    [
+        ["--no-verify", "--base", "auto"],
+        ["--no-verify", "--verify-data", "x"],
+        ["--public"],
+        ["--portable-adapter", "--dtype", "fp32"],
+        ["--portable-adapter", "--no-verify"],
+        ["--base", "requantized", "--dtype", "fp16"],
+    ],
 )
 def test_options_that_contradict_each_other_are_refused(options: list[str]) -> None:
     assert main(["merge", "whatever", *options]) == 2
@@ -431,3 +443,122 @@ def test_a_full_disk_ends_with_8_and_leaves_nothing(run: Path, tmp_path: Path) -
     assert done.returncode == 8, done.stderr
     assert "error: cannot write" in done.stderr and "fix: free space there" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_what_is_read_is_never_replaced(
+    run: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A merged model as the base of a run, and a run inside of a merged model."""
+    base = tmp_path / "merged-base"
+    assert main(["merge", str(run), "--no-verify", "-q", "-o", str(base)]) == 0
+    again = base / "again"
+    options = ["-s", f"model.base={base}", "-s", "train.steps=2", "-q", "-o"]
+    assert main(["train", str(trained / "tiny.yaml"), *options, str(tmp_path / "second")]) == 0
+    shutil.copytree(tmp_path / "second", again)
+    for merged_run in (tmp_path / "second", again):
+        assert main(["merge", str(merged_run), "--no-verify", "-q", "-o", str(base), "--overwrite"]) == 10
+        assert "is or holds" in capsys.readouterr().err
+    assert (base / "model.safetensors").is_file() and (again / "adapter").is_dir()
+
+
+def test_links_the_current_folder_and_impossible_names_are_refused_at_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for output, code, text in (
+        (tmp_path / "link", 10, "is a symbolic link"),
+        (Path(), 10, "the current folder"),
+        (tmp_path / ("a" * 300), 8, "File name too long"),
+    ):
+        assert main(["merge", str(run), "--no-verify", "-q", "-o", str(output)]) == code
+        assert text in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "real", "link", "here"}
+
+
+def test_what_is_no_folder_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    for target in (tmp_path / "nope", tmp_path / "file", Path("n" * 5000)):
+        assert main(["merge", str(target)]) == 5
+        assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", [[], ["--portable-adapter"]])
+def test_an_adapter_that_cannot_be_right_is_refused_by_every_way(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], way: list[str]
+) -> None:
+    """Its manifest is gone, so that only its content can tell."""
+    (run / "adapter/manifest.json").unlink()
+    weights = run / "adapter/adapter_model.safetensors"
+    whole = load_file(weights)
+    first_a, first_b = sorted(whole)[0], sorted(whole)[1]
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({first_b: whole[first_b] * torch.nan}, "finite"),
+        ({first_a: None}, f"{first_a} is not in the file"),
+        ({"foo": torch.ones(2, 2)}, "foo"),
+        ({first_a: torch.ones(7, 64)}, first_a),
+        ({key: value * 0 for key, value in whole.items() if ".lora_B." in key}, "learned nothing"),
+    ]
+    for change, text in changes:
+        tensors = {key: value for key, value in (whole | change).items() if value is not None}
+        save_file(tensors, weights)
+        assert main(["merge", str(run), "-o", str(tmp_path / "merged"), *way]) == 5
+        assert text in capsys.readouterr().err
+        assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_whose_config_scales_otherwise_is_refused(run: Path, refused: Merge) -> None:
+    config = run / "adapter/adapter_config.json"
+    text = config.read_text()
+    config.write_text(re.sub(r'"lora_alpha": [0-9.]+', '"lora_alpha": 99', text))
+    assert config.read_text() != text
+    (run / "adapter/manifest.json").unlink()
+    assert "scale the adapter differently" in refused(5)
+
+
+def test_a_type_that_cannot_hold_the_weights_does_not_end_the_search(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(trained / "base", base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][0] = 1e5
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    options = ["-q", "-s", "train.steps=2", "-s", f"model.base={base}", "-s", "quantization.compute_dtype=bfloat16"]
+    assert main(["train", str(trained / "tiny.yaml"), "-o", str(run), *options]) == 0
+    assert main(["merge", str(run), "--tolerance", "0"]) == 5
+    captured = capsys.readouterr()
+    assert "--base dequantized --dtype fp16: model.layers.0.input_layernorm.weight has values" in captured.err
+    assert "is not the one that was trained: KL" in captured.err
+    assert captured.err.count("measuring whether") == 2
+
+
+def test_what_was_merged_into_another_base_says_so(run: Path, tmp_path: Path) -> None:
+    other = save_base(tmp_path / "other", seed=3)
+    command = ["merge", str(other), "--adapter", str(run), "-o", str(tmp_path / "merged"), "-q"]
+    assert main([*command, "--allow-changed-base"]) == 0
+    assert receipt_of(tmp_path / "merged")["base_changed_since_training"] is True
+    assert "is not the one that the adapter was trained on" in (tmp_path / "merged/README.md").read_text()
+
+
+def test_from_inside_an_adapter_folder_it_writes_beside_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run / "adapter")
+    assert main(["merge", "--adapter", ".", "--no-verify", "-q"]) == 0
+    assert (run / "merged/model.safetensors").is_file()
+
+
+def test_a_damaged_merged_model_is_used_by_no_command(
+    run: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["merge", str(run), "-q"]) == 0
+    merged = run / "merged"
+    (merged / "README.md").write_text("a card of my own")
+    assert main(["eval", str(merged), "-q"]) == 0
+    flip(merged / "model.safetensors")
+    train = ["train", str(trained / "tiny.yaml"), "-s", f"model.base={merged}", "-o", str(tmp_path / "x")]
+    for command in (["chat", str(merged), "-p", "q"], ["eval", str(merged)], train):
+        capsys.readouterr()
+        assert main(command) == 5
+        assert "model.safetensors is not as it was written" in capsys.readouterr().err
