@@ -163,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = end.code if isinstance(end.code, int) else 0
         return _interrupted(code) if code > 128 else code
     except Exception as error:
-        code = interruption()  # a library's native code may have made another exception of it
-        return _interrupted(code) if code is not None else _failed(error)
+        asked = interruption()  # a library's native code may have made another exception of it
+        return _failed(error) if asked is None else _interrupted(asked)
     return 0
 
 

@@ -205,7 +205,9 @@ def _stdin_errors() -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise DataError(f"stdin is not UTF-8: {error.reason}", fix="convert it, e.g. with iconv") from error
     except OSError as error:
-        raise DataError(f"stdin cannot be read: {error.strerror}", fix="pipe turns in, or give --prompt TEXT") from error
+        raise DataError(
+            f"stdin cannot be read: {error.strerror}", fix="pipe turns in, or give --prompt TEXT"
+        ) from error
 
 
 def _harmless(text: str, stream: TextIO) -> str:

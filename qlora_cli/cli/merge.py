@@ -97,15 +97,15 @@ def merge(
     Writes it tensor by tensor, reads it back, compares it with base + adapter, and prints its folder. A model that is
     not the one trained is not kept: the command then ends with exit code 5.
     """
-    if no_verify and (base is MergeBase.auto or verify_data):
-        raise typer.BadParameter("--no-verify measures nothing, which --base auto and --verify-data ask for")
-    if portable_adapter and (base is not MergeBase.dequantized or dtype or no_verify or verify_data):
-        raise typer.BadParameter("--portable-adapter merges nothing: --base, --dtype and verification have no meaning")
-    if base is MergeBase.requantized and dtype:
-        raise typer.BadParameter("--base requantized keeps the type that training computed in: leave --dtype out")
-    if public and push is None:
-        raise typer.BadParameter("--public says how to --push, which is not given")
-
+    measured, plain = base is MergeBase.auto or verify_data, base is MergeBase.dequantized and not dtype
+    for wrong, text in (
+        (no_verify and measured, "--no-verify measures nothing, which --base auto and --verify-data ask for"),
+        (portable_adapter and (not plain or no_verify or verify_data), "--portable-adapter merges nothing"),
+        (base is MergeBase.requantized and dtype, "--base requantized keeps the type that training computed in"),
+        (public and push is None, "--public says how to --push, which is not given"),
+    ):
+        if wrong:
+            raise typer.BadParameter(text)
     options = {
         "target": run,
         "adapter": adapter,

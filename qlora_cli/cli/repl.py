@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from qlora_cli.cli import signals
 from qlora_cli.cli.console import Console, StdoutError
 from qlora_cli.cli.history import History, history_file
-from qlora_cli.cli import signals
 from qlora_cli.cli.settings import SETTINGS, nearest, parse_setting, without_effect
-from qlora_cli.errors import QloraError
 
 if TYPE_CHECKING:
     from qlora_cli.workflows.chat import Decoding, Talk
@@ -49,7 +48,7 @@ class Repl:
         self._console.status("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends")
         while not self._over:
             with contextlib.suppress(KeyboardInterrupt):  # one more, while the first is still dealt with
-                signals.forget()
+                signals.settle()
                 line = self._console.ask(f"{self._speaker()}> ")
                 if line is None:
                     return
@@ -77,13 +76,12 @@ class Repl:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        """Shows why a turn failed; one that Ctrl-C ended within a library's native code was interrupted."""
-        if signals.was_ctrl_c():
-            self._console.hint("")
-        elif signals.interruption() is not None:
-            raise error
-        else:
+        """Shows why a line failed; one that Ctrl-C ended within a library's native code was interrupted."""
+        if signals.interruption() is None:
             self._console.problem(error)
+        else:
+            signals.settle()
+            self._console.hint("\nstopped: the conversation is as it was")
 
     def _command(self, line: str) -> None:
         name, _, rest = line[1:].partition(" ")
@@ -152,7 +150,7 @@ class Repl:
         if not name:
             marks = [f"{'*' if each == voices.active else ' '} {each or BASE}" for each in (None, *voices.names)]
             self._console.hint("\n".join(marks))
-        elif name not in voices.names and (first := name.split()[0]) in voices.names:
+        elif name not in voices.names and (first := name.split(maxsplit=1)[0]) in voices.names:
             raise typer.BadParameter(f"/adapter takes one name (got {name.removeprefix(first).strip()} behind {first})")
         elif name not in voices.names:
             known = nearest(name, voices.names) if voices.names else "none was loaded (--adapter DIR)"

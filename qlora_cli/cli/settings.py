@@ -54,11 +54,11 @@ class Setting:
 
 
 SETTINGS = {
-    "temperature": Setting(float, 0.01, math.inf, "0 takes the likeliest token; higher varies more.", zero=True),
+    "temperature": Setting(float, 0.01, 100, "0 takes the likeliest token; higher varies more.", zero=True),
     "top_p": Setting(float, 0, 1, "Draw from the likeliest tokens of this probability together.", above=True),
     "top_k": Setting(int, 0, math.inf, "Draw from this many likeliest tokens; 0: all."),
     "min_p": Setting(float, 0, 1, "Draw from tokens at least this times as likely as the likeliest."),
-    "repetition_penalty": Setting(float, 0.1, math.inf, "Above 1: less of what was there before."),
+    "repetition_penalty": Setting(float, 0.1, 100, "Above 1: less of what was there before."),
     "max_new_tokens": Setting(int, 1, math.inf, "Most tokens of an answer."),
     "seed": Setting(int, 0, 2**32 - 1, "Seed of the draws."),
 }

@@ -1,6 +1,6 @@
 """Signals that end the program, and that one came.
 
-Knows the operating system's signals. Invariant: a signal that came is known until it is forgotten, whatever a library's
+Knows the operating system's signals. Invariant: a signal that came is known until it is settled, whatever a library's
 native code makes of the exception that it raised.
 """
 
@@ -16,7 +16,7 @@ _came: list[int] = []
 def end_on_signals() -> None:
     """A request to end, or a terminal that closes, ends the program as Ctrl-C does: with its state written. A signal
     that was already ignored, as under nohup, stays so."""
-    forget()
+    _came.clear()
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
         for number in numbers:
@@ -37,11 +37,9 @@ def interruption() -> int | None:
     return 128 + (others or _came)[0] if _came else None
 
 
-def was_ctrl_c() -> bool:
-    """Whether Ctrl-C came, and nothing that asks for more."""
-    return interruption() == 128 + signal.SIGINT
-
-
-def forget() -> None:
-    """Forgets what came: it was dealt with."""
+def settle() -> None:
+    """Forgets Ctrl-C, which was dealt with; a request to end that was not heard ends the program now."""
+    code = interruption()
+    if code not in {None, 128 + signal.SIGINT}:
+        raise SystemExit(code)
     _came.clear()

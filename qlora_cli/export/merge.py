@@ -22,7 +22,8 @@ from qlora_cli.export.companions import copy_companions, write_config
 from qlora_cli.export.weights import BaseWeights
 from qlora_cli.model.adapter import PREFIX, mismatches
 from qlora_cli.model.lora import scaling_of, target_layers
-from qlora_cli.model.nf4 import Packed, quantize, stored_config, stored_names
+from qlora_cli.model.nf4 import Packed, quantize, stored_names
+from qlora_cli.model.quantizer import stored_config
 from qlora_cli.model.writer import SHARD_BYTES, Writer
 from qlora_cli.recipe.schema import LoraSection
 

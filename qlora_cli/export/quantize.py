@@ -19,7 +19,8 @@ from qlora_cli.export.companions import copy_companions, write_config
 from qlora_cli.export.damage import Damage, LayerDamage, layer_damage
 from qlora_cli.export.digest import PIECE_BYTES, DigestWriter
 from qlora_cli.export.weights import BaseWeights
-from qlora_cli.model.nf4 import Packed, quantize, stored_config, stored_names
+from qlora_cli.model.nf4 import Packed, quantize, stored_names
+from qlora_cli.model.quantizer import stored_config
 from qlora_cli.recipe.schema import QuantizationSection
 
 HEADER_BYTES, STATE_BYTES, NESTED_BYTES = 200, 1024, 1500

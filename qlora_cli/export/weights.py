@@ -22,13 +22,13 @@ from qlora_cli.model.names import parameter_names
 from qlora_cli.model.nf4 import (
     Packed,
     four_bit_layers,
-    four_bit_skeleton,
     is_transposed,
     quantize,
     stored_constants,
     stored_facts,
     stored_packed,
 )
+from qlora_cli.model.quantizer import four_bit_skeleton
 from qlora_cli.model.source import Source
 from qlora_cli.recipe.schema import QuantizationSection
 

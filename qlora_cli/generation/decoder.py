@@ -169,7 +169,7 @@ def _complete_batch(model: Any, prompts: Sequence[Sequence[int]], config: Genera
     return rows
 
 
-class _Finite(LogitsProcessor):  # type: ignore[misc]
+class _Finite(LogitsProcessor):
     """Leaves the logits as they are, or stops (see `check_logits`)."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def choose(logits: Tensor, seen: Sequence[int], decoding: Decoding, generator: t
 
 
 def check_logits(logits: Tensor) -> None:
-    """Raises `NonFiniteError` where logits [..., V] hold NaN or infinity; tokens may be ruled out with -inf, not all."""
+    """Raises `NonFiniteError` where logits [..., V] hold NaN or infinity; -inf may rule out tokens, but not all."""
     if not bool(logits.amax(-1).isfinite().all()):
         raise NonFiniteError(
             "the model's logits are not finite numbers",
@@ -92,7 +92,7 @@ def penalised(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
 def distribution(logits: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor | None]:
     """(weights, ids): with what probability each token is drawn, up to a common factor. `ids` are the tokens that the
     weights belong to; None stands for the whole vocabulary."""
-    scores, ids = (logits - logits.max()) / max(decoding.temperature, LEAST), None
+    scores, ids = (logits - logits.max()) / min(max(decoding.temperature, LEAST), 1 / LEAST), None
     if 0 < decoding.top_k < len(scores):
         ids = (scores >= scores.topk(decoding.top_k).values[-1]).nonzero().flatten()
         scores = scores[ids]

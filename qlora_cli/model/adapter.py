@@ -6,7 +6,7 @@ equals the layers' tensors bit for bit, is finite, and has a B that is not all z
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from qlora_cli.recipe.schema import LoraSection
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+MOST_NAMED = 4
 
 
 def adapter_tensors(layers: Mapping[str, LoraLinear]) -> dict[str, Tensor]:
@@ -80,8 +81,8 @@ def save_adapter(
 
 def verify_adapter(folder: Path, expected: Mapping[str, Tensor]) -> None:
     """Compares the tensors in `folder` with `expected`, bit for bit, and checks that they are finite and B not 0."""
-    found = read_adapter(folder)[1]
-    if not all(bool(value.isfinite().all()) for value in found.values()):
+    found = _read(folder)[1]
+    if not_finite(found):
         raise ModelError(
             "the adapter holds values that are not finite", fix="lower train.lr, or set train.max_grad_norm"
         )
@@ -92,20 +93,43 @@ def verify_adapter(folder: Path, expected: Mapping[str, Tensor]) -> None:
             why="the disk or a program beside this one changed it",
             fix="check the disk and save again",
         )
-    if not any(bool(value.any()) for key, value in found.items() if ".lora_B." in key):
+    if not learned_something(found):
         raise ModelError(
             "the adapter has learned nothing: every B is zero", fix="check that train.lr and the data are as you meant"
         )
 
 
+def learned_something(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether any B is not zero: with all of them zero an adapter changes nothing."""
+    return any(bool(value.any()) for key, value in tensors.items() if ".lora_B." in key)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    return sorted(key for key, value in tensors.items() if not bool(value.isfinite().all()))
+
+
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, tensors) of an adapter folder. Raises `ModelError` for what is missing or unreadable."""
+    """(config, tensors) of an adapter folder. Raises `ModelError` for what is missing, unreadable or not finite; see
+    `check_adapter` for the manifest."""
+    config, tensors = _read(folder)
+    if bad := not_finite(tensors):
+        more = f" and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
+        raise ModelError(
+            f"{folder / WEIGHTS}: {len(bad)} tensors hold values that are not finite: "
+            f"{', '.join(bad[:MOST_NAMED])}{more}",
+            why="with them every answer is noise",
+            fix="take the adapter from a copy or a checkpoint, or train again",
+        )
+    return config, tensors
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         raise ModelError(
             f"{folder} is not an adapter: {CONFIG} and {WEIGHTS} must be in it",
             fix="name a run directory, or its adapter/ folder",
         )
-    _check_manifest(folder)
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder}: peft_type is {config.get('peft_type')}; only LORA adapters are read")
@@ -117,9 +141,10 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
 
 
-def _check_manifest(folder: Path) -> None:
-    """Every file but the card, which anybody may edit, is as it was written."""
-    problems = [problem for problem in manifest_problems(folder) if not problem.startswith("README.md")]
+def check_adapter(folder: Path, names: Collection[str] | None = None) -> None:
+    """Raises `ModelError` unless every file of the manifest (or those of `names`) but the card, which anybody may edit,
+    is as it was written."""
+    problems = [problem for problem in manifest_problems(folder, names) if not problem.startswith("README.md")]
     if problems:
         raise ModelError(
             f"{folder} is damaged: {'; '.join(problems)}",

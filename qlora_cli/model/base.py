@@ -12,22 +12,26 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model.folder import BaseFolder
+from qlora_cli.model.folder import BaseFolder, read_json
 from qlora_cli.model.lora import linear_shape
 from qlora_cli.model.nf4 import (
     four_bit_layers,
     keep_packed_format,
-    loading_config,
     quantized_shape,
     stored_bytes,
     stored_constants,
     stored_facts,
 )
+from qlora_cli.model.quantizer import loading_config
 from qlora_cli.model.source import Source
 from qlora_cli.recipe.schema import ModelSection, QuantizationSection
+
+GENERATION_CONFIG = "generation_config.json"
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError)
+"""What transformers raises for a file whose values it does not understand."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def load_config(folder: BaseFolder) -> Any:
     """The model's configuration; code that comes with a repository is not run."""
     try:
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
+    except (*MALFORMED, OSError, StrictDataclassError) as error:
         raise ModelError(
             f"{folder.name}: its config.json is not one that the installed transformers knows: {_first_line(error)}",
             why="code that comes with a model repository is never run",
@@ -101,7 +105,7 @@ def load_tokenizer(folder: BaseFolder) -> Any:
     """The base's tokenizer; one without a pad token gets none (padding is masked by position)."""
     try:
         return AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises nothing more special for a file that it does not understand
         raise ModelError(
             f"{folder.name}: its tokenizer cannot be loaded: {_first_line(error)}",
             fix="put the base's tokenizer files (tokenizer.json, tokenizer_config.json) into its folder",
@@ -113,7 +117,7 @@ def meta_model(config: Any) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+    except (*MALFORMED, RuntimeError) as error:
         raise ModelError(
             f"a model of type {config.model_type} cannot be built for text generation: {_first_line(error)[:160]}",
             fix="choose a causal language model as model.base, and check its config.json",
@@ -131,6 +135,7 @@ def load_base(
     Weights that are stored in 4 bits stay as they are, whatever `quantization` says."""
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
     packed = is_packed(load_config(folder))
+    _check_generation_config(folder)
     if quantization.type != "none" and not packed:
         options["quantization_config"] = loading_config(quantization, dtype)
     if section.attention != "auto":
@@ -145,7 +150,7 @@ def load_base(
         if "mismatch" not in str(error):
             raise
         raise _wrong_shape(folder, _first_line(error)) from error
-    except (OSError, ValueError, ImportError) as error:
+    except (*MALFORMED, OSError, ImportError) as error:
         raise ModelError(f"{folder.name}: cannot be loaded: {_first_line(error)}", fix=_load_fix(section)) from error
     _check_complete(folder, info)
     _check_shapes(folder, model)
@@ -154,6 +159,17 @@ def load_base(
     keep_packed_format(model)
     model.requires_grad_(False)
     return model
+
+
+def _check_generation_config(folder: BaseFolder) -> None:
+    """transformers passes over one that it cannot read."""
+    path = folder.path / GENERATION_CONFIG
+    if not path.is_file():
+        return
+    try:
+        GenerationConfig.from_dict(read_json(path))
+    except MALFORMED as error:
+        raise ModelError(f"{path}: {_first_line(error)}", fix="correct it, or download it again") from error
 
 
 def _load_fix(section: ModelSection) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,77 +22,15 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import bitsandbytes as bnb  # noqa: E402
 import bitsandbytes.functional as bnb_functional  # noqa: E402
-from transformers import BitsAndBytesConfig  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
-from transformers.quantizers.auto import register_quantization_config, register_quantizer  # noqa: E402
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer  # noqa: E402
 
 from qlora_cli.model.chunks import by_chunks  # noqa: E402
 from qlora_cli.model.codes import Coder  # noqa: E402
 from qlora_cli.recipe.schema import QuantizationSection  # noqa: E402
 
-METHOD = "qlora_4bit"
 _STATE = ".quant_state.bitsandbytes__"
 STATE_BLOCKSIZE = 256
 """Constants that share one constant of theirs (Dettmers et al. 2023, arXiv:2305.14314, section 3)."""
-
-
-@register_quantization_config(METHOD)
-class FourBitConfig(BitsAndBytesConfig):
-    """bitsandbytes' 4-bit configuration with the blocksize that transformers does not expose."""
-
-    def __init__(self, blocksize: int = 64, **kwargs: Any) -> None:
-        super().__init__(load_in_4bit=True, **kwargs)
-        self.quant_method = METHOD
-        self.blocksize = blocksize
-
-
-@register_quantizer(METHOD)
-class FourBitQuantizer(Bnb4BitHfQuantizer):
-    """Quantises while loading, and hands each weight the blocksize before its values arrive."""
-
-    def get_modules_to_not_convert(self, model: Any, skip_modules: Any = None, *args: Any, **kwargs: Any) -> list[str]:
-        """Names given are added to the defaults (head, tied weights), where transformers would replace those."""
-        usual = super().get_modules_to_not_convert(model, None, *args, **kwargs)
-        return [*usual, *(name for name in skip_modules or () if name not in usual)]
-
-    def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        super()._process_model_before_weight_loading(model, *args, **kwargs)
-        for layer in four_bit_layers(model).values():
-            layer.weight.blocksize = self.quantization_config.blocksize
-
-
-def loading_config(section: QuantizationSection, compute_dtype: torch.dtype) -> FourBitConfig:
-    """What `from_pretrained` needs to quantise on load."""
-    return FourBitConfig(
-        blocksize=section.blocksize,
-        bnb_4bit_quant_type=section.type,
-        bnb_4bit_use_double_quant=section.double_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_quant_storage=section.storage_dtype,
-        llm_int8_skip_modules=list(section.skip_modules) or None,
-    )
-
-
-def stored_config(section: QuantizationSection, dtype: torch.dtype, skipped: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config` of a config.json whose weights are stored in 4 bits. `skipped` names all layers left out,
-    the usual ones too, since naming any replaces those."""
-    stored: dict[str, Any] = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=section.type,
-        bnb_4bit_use_double_quant=section.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=section.storage_dtype,
-        llm_int8_skip_modules=list(skipped),
-    ).to_dict()
-    return stored
-
-
-def four_bit_skeleton(model: Any, section: QuantizationSection, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """(`model`, on the meta device, with the 4-bit layers that loading with `section` would make; names left out)."""
-    quantizer = FourBitQuantizer(loading_config(section, dtype), pre_quantized=False)
-    quantizer._process_model_before_weight_loading(model, device_map=None)
-    return model, list(quantizer.modules_to_not_convert)
 
 
 def is_transposed(layer: Any) -> bool:
@@ -200,6 +138,13 @@ def misreads(inputs: int, section: QuantizationSection, device: torch.device) ->
     values = packed.state.code[torch.stack([codes >> 4, codes & 0xF], -1).view(-1).long()]
     constants = packed.state.absmax.repeat_interleave(section.blocksize)[: values.numel()]
     return not torch.allclose(packed.dequantize().view(-1), values * constants, atol=1e-5)
+
+
+def as_parameter(packed: Packed, settings: Mapping[str, Any]) -> nn.Parameter:
+    """The weight of a 4-bit layer; `settings` are the other attributes that bitsandbytes gives it."""
+    own = {"quant_state": packed.state, "bnb_quantized": True}
+    parameter: nn.Parameter = bnb.nn.Params4bit(packed.codes, requires_grad=False, **{**settings, **own})
+    return parameter
 
 
 def stored_packed(name: str, tensors: Mapping[str, Tensor], device: torch.device) -> Packed:

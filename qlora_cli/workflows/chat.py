@@ -6,20 +6,25 @@ in that quantization.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from qlora_cli.errors import ModelError
+from qlora_cli.data.sources import raise_all
+from qlora_cli.errors import ModelError, Problem, QloraError
 from qlora_cli.generation.sampling import Decoding
+from qlora_cli.model.base import load_config
+from qlora_cli.model.folder import is_folder
 from qlora_cli.training.guard import memory_guard
 from qlora_cli.workflows.card import RECIPE_FILE
 from qlora_cli.workflows.events import Emit, Stage
-from qlora_cli.workflows.locate import Found, find, is_model, trained_base
+from qlora_cli.workflows.locate import Found, base_folder, find, is_model, tokenizer_of, trained_base
 from qlora_cli.workflows.prompts import Prompt, read_prompts
-from qlora_cli.workflows.talk import Answer, Talk
-from qlora_cli.workflows.voices import load_voices
+from qlora_cli.workflows.talk import Answer, Talk, encode, instructed
+from qlora_cli.workflows.voices import Voice, load_voices, room, voice_of
 
-__all__ = ["BASE", "Answer", "Decoding", "Prompt", "Talk", "open_talk", "read_prompts"]
+__all__ = ["BASE", "Answer", "Decoding", "Prompt", "Talk", "check_prompts", "open_talk", "read_prompts"]
 
 BASE = "base"
 """What the bare base is called among the adapters."""
@@ -43,6 +48,29 @@ def open_talk(
         return Talk(load_voices(found, emit, allow_changed_base))
 
 
+def check_prompts(
+    rows: Sequence[Prompt | Problem], target: str | None, adapters: Sequence[Path] | None, system: str | None
+) -> list[Prompt]:
+    """The prompts. Raises one `DataError` that names the rows that are none, and with them those that are too long,
+    before any weight is loaded; the latter as far as there is a tokenizer to count with."""
+    if any(isinstance(row, Problem) for row in rows):
+        told = list(rows)
+        with suppress(QloraError):
+            first = next(iter(find_all(target, adapters or ()).values()))
+            space = partial(room, load_config(base_folder(first)))
+            voice = voice_of(first, tokenizer_of(first))
+            told = [_measured(row, voice, space, system) for row in rows]
+        raise_all([row for row in told if isinstance(row, Problem)])
+    return [row for row in rows if isinstance(row, Prompt)]
+
+
+def _measured(row: Prompt | Problem, voice: Voice, space: Callable[[int], int], system: str | None) -> Prompt | Problem:
+    if isinstance(row, Problem):
+        return row
+    outcome = encode(voice, space, row.where, instructed(row.messages, system))
+    return outcome if isinstance(outcome, Problem) else row
+
+
 def find_all(target: str | None, adapters: Sequence[Path], quantization: str = "auto") -> dict[str | None, Found]:
     """What is to be loaded, each adapter under a name of its own; None stands for a model as it is."""
     if target is not None and adapters and _is_run_of_adapter(Path(target)):
@@ -56,7 +84,7 @@ def find_all(target: str | None, adapters: Sequence[Path], quantization: str = "
 
 
 def _is_run_of_adapter(path: Path) -> bool:
-    return path.is_dir() and not is_model(path) and not (path / "model" / RECIPE_FILE).is_file()
+    return is_folder(path) and not is_model(path) and not (path / "model" / RECIPE_FILE).is_file()
 
 
 def adapter_names(folders: Sequence[Path]) -> dict[str, Path]:

@@ -12,6 +12,7 @@ from typing import Any
 from qlora_cli.data.dataset import load_held_out
 from qlora_cli.errors import ModelError
 from qlora_cli.evaluation.perplexity import EvalResult, evaluate
+from qlora_cli.model.folder import is_folder
 from qlora_cli.model.ranks import Ranks
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
@@ -67,8 +68,8 @@ def _find(target: str, adapter: Path | None) -> Found:
             fix=f"name one of those, e.g. a recipe with model.base: {target}",
         )
     if adapter is None:
-        return find(target, None) if path.is_dir() else _base_of(load_recipe(target).recipe)
-    rows = find(target, None).recipe if path.is_dir() else load_recipe(target).recipe
+        return find(target, None) if is_folder(path) else _base_of(load_recipe(target).recipe)
+    rows = find(target, None).recipe if is_folder(path) else load_recipe(target).recipe
     trained = find(None, adapter)
     data = rows.data.model_copy(update={"template": trained.recipe.data.template})
     return Found(trained.recipe.model_copy(update={"data": data, "eval": rows.eval}), trained.adapter)

@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from pydantic import Field
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model.adapter import CONFIG, load_into, read_adapter
+from qlora_cli.model.adapter import CONFIG, check_adapter, load_into, read_adapter
 from qlora_cli.model.base import is_packed, load_base, load_config, load_tokenizer, stored_quantization
 from qlora_cli.model.device import compute_dtype, find_machine
-from qlora_cli.model.folder import INDEX, BaseFolder, find_base, read_json
+from qlora_cli.model.folder import INDEX, BaseFolder, find_base, is_folder
 from qlora_cli.model.lora import attach
+from qlora_cli.model.record import Record, read_record
 from qlora_cli.recipe.schema import DataSection, ModelSection, QuantizationSection, Recipe
 from qlora_cli.recipe.snapshot import read_resolved
 from qlora_cli.workflows.card import ORIGIN_FILE, RECIPE_FILE
@@ -40,10 +44,22 @@ class Loaded:
     dtype: torch.dtype
 
 
+class Origin(Record):
+    """origin.json, as `card.py` writes it."""
+
+    base: dict[str, str] = Field(default_factory=dict)
+    base_folder: str | None = None
+    data: dict[str, str] = Field(default_factory=dict)
+    compute_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+
+
 def adapter_folder(path: Path) -> Path:
-    """The adapter in `path`: a run directory's adapter/, or the folder itself."""
+    """The adapter in `path`: a run directory's adapter/, or the folder itself. Its files are as they were written."""
+    if not is_folder(path):
+        raise ModelError(f"{str(path)[:80]}: no such folder", fix="name a run directory or an adapter folder")
     for folder in (path / "adapter", path):
         if (folder / CONFIG).is_file():
+            check_adapter(folder)
             return folder
     raise ModelError(
         f"{path} holds no adapter",
@@ -66,18 +82,20 @@ def recipe_of(adapter: Path) -> Recipe:
 @dataclass(frozen=True)
 class Found:
     """A recipe, and the adapter to put on its base, if any. `quantization` is what was asked for a model as it is
-    (`auto`: what its files say); None stands for the recipe's."""
+    (`auto`: what its files say); None stands for the recipe's. `base_named` tells that the command line named the base
+    of the adapter."""
 
     recipe: Recipe
     adapter: Path | None
     quantization: str | None = None
+    base_named: bool = False
 
 
 def find(target: str | None, adapter: Path | None, quantization: str = "auto") -> Found:
     """What `target` (a run, an adapter folder, or a model) and `--adapter` name. A target beside an adapter is the
     base to put it on; otherwise the base is the one that the adapter was trained on."""
     found = _on_base(target, adapter) if adapter is not None else _find(str(target), quantization)
-    if found.adapter is not None and quantization != "auto":
+    if found.adapter is not None and quantization not in {"auto", found.recipe.quantization.type}:
         raise ModelError(
             f"--quantization {quantization} does not go with {found.adapter}",
             why=f"an adapter fits the base as it was trained, in {found.recipe.quantization.type}",
@@ -87,33 +105,56 @@ def find(target: str | None, adapter: Path | None, quantization: str = "auto") -
 
 
 def _on_base(target: str | None, adapter: Path) -> Found:
-    recipe = recipe_of(adapter_folder(adapter))
+    found = _of_adapter(adapter)
     if target is None:
-        return Found(recipe, adapter_folder(adapter))
+        return found
+    _check_named(target)
     tuned = Path(target) / "model"
-    base = str(tuned) if (tuned / RECIPE_FILE).is_file() else target
-    moved = recipe.model.model_copy(update={"base": base, "revision": None})
-    return Found(recipe.model_copy(update={"model": moved}), adapter_folder(adapter))
+    base = str(tuned) if is_folder(tuned) and (tuned / RECIPE_FILE).is_file() else target
+    moved = found.recipe.model.model_copy(update={"base": base, "revision": None})
+    return replace(found, recipe=found.recipe.model_copy(update={"model": moved}), base_named=True)
+
+
+def _of_adapter(path: Path) -> Found:
+    folder = adapter_folder(path)
+    recipe = recipe_of(folder)
+    if recipe.lora is None:
+        raise ModelError(f"{folder / RECIPE_FILE} has no lora section", fix="name an adapter that `qlora train` wrote")
+    return Found(recipe, folder)
 
 
 def _find(target: str, quantization: str) -> Found:
     path = Path(target)
+    if not is_folder(path):
+        _check_named(target)
+        return Found(plain_recipe(target), None, quantization)
     if (path / "model" / RECIPE_FILE).is_file() and not is_model(path):
         path = path / "model"
     if is_model(path) and (path / RECIPE_FILE).is_file():
         return Found(_tuned_model(path), None, quantization)
-    if not path.is_dir() or is_model(path):
-        return Found(plain_recipe(target), None, quantization)
-    return Found(recipe_of(adapter_folder(path)), adapter_folder(path))
+    return Found(plain_recipe(target), None, quantization) if is_model(path) else _of_adapter(path)
+
+
+def _check_named(target: str) -> None:
+    """Raises `ModelError` for what is no folder and cannot be a Hub id."""
+    try:
+        if not is_folder(Path(target).expanduser()):
+            validate_repo_id(target)
+    except (RuntimeError, HFValidationError) as error:  # there is no home of that user
+        raise ModelError(
+            f"{target[:80]}: no such run, folder or Hub id",
+            fix="name a run directory, a folder with config.json and *.safetensors, or a Hub id",
+        ) from error
 
 
 def is_model(path: Path) -> bool:
     """Whether the folder holds a model rather than a run."""
-    return (path / "config.json").is_file()
+    return is_folder(path) and (path / "config.json").is_file()
 
 
 def _tuned_model(folder: Path) -> Recipe:
     """The recipe that lies beside a model (of a full fine-tuning, or merged), with that model as the base."""
+    check_adapter(folder, {RECIPE_FILE})
     recipe = recipe_of(folder)
     moved = recipe.model.model_copy(update={"base": str(folder), "revision": None})
     return recipe.model_copy(update={"model": moved, "lora": None})
@@ -162,18 +203,26 @@ def _change(name: str, then: Mapping[str, str], now: Mapping[str, str]) -> str:
 def origin_of(adapter: Path) -> dict[str, Any]:
     """What lies beside an adapter about where it came from; empty where nothing does."""
     path = adapter / ORIGIN_FILE
-    origin: dict[str, Any] = read_json(path) if path.is_file() else {}
-    return origin
+    return read_record(path, Origin).model_dump(exclude_unset=True) if path.is_file() else {}
 
 
 def base_folder(found: Found) -> BaseFolder:
     """The base's files. One that was a folder is looked for where it was when the adapter was trained, should the
-    recipe's path lead nowhere from here; it is never taken for a Hub id."""
+    recipe's path lead nowhere from here, or to another base; it is never taken for a Hub id."""
     name, revision = found.recipe.model.base, found.recipe.model.revision
-    was = origin_of(found.adapter).get("base_folder") if found.adapter else None
-    if was is None or Path(name).expanduser().is_dir():
+    was = origin_of(found.adapter).get("base_folder") if found.adapter and not found.base_named else None
+    if found.adapter is None or was is None:
         return find_base(name, revision)
-    return find_base(was, None)
+    here, there = Path(name).expanduser(), Path(was)
+    if not is_folder(here) or (is_folder(there) and not _is_trained(here, found.adapter)):
+        return find_base(was, None)
+    return find_base(name, revision)
+
+
+def _is_trained(folder: Path, adapter: Path) -> bool:
+    """Whether it is the base that the adapter was trained on, as far as that was recorded."""
+    then = trained_base(adapter)
+    return not then or then == _deciding(BaseFolder(str(folder), folder, None).fingerprint)
 
 
 def tokenizer_of(found: Found) -> Any:

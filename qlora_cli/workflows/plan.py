@@ -17,7 +17,8 @@ from qlora_cli.data.batches import Order
 from qlora_cli.data.dataset import TokenData
 from qlora_cli.errors import RecipeError
 from qlora_cli.model.lora import adapter_parameters, linear_shape, target_layers
-from qlora_cli.model.nf4 import four_bit_layers, four_bit_skeleton
+from qlora_cli.model.nf4 import four_bit_layers
+from qlora_cli.model.quantizer import four_bit_skeleton
 from qlora_cli.recipe.schema import QuantizationSection, Recipe
 from qlora_cli.training.optim import STATE_BYTES
 from qlora_cli.workflows.events import size

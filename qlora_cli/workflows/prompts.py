@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_cli.data.conversation import Message
 from qlora_cli.data.formats import FORMATS, RowError
-from qlora_cli.data.sources import SourceRow, is_local, raise_all, read_rows
+from qlora_cli.data.sources import SourceRow, is_local, read_rows
 from qlora_cli.errors import DataError, DiskError, Problem
 
 
@@ -27,12 +27,11 @@ class Prompt:
     where: str = ""
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """The rows of a .jsonl file: `{"prompt": ...}`, or `{"messages": [...]}` that end with the user's turn."""
+def read_prompts(path: Path) -> list[Prompt | Problem]:
+    """The rows of a .jsonl file: `{"prompt": ...}`, or `{"messages": [...]}` that end with the user's turn; what is
+    wrong with a row in its place."""
     name = str(path) if is_local(str(path)) else f"./{path}"
-    outcomes = [_prompt(row) for row in read_rows(name, split="")]
-    raise_all([outcome for outcome in outcomes if isinstance(outcome, Problem)])
-    return [outcome for outcome in outcomes if isinstance(outcome, Prompt)]
+    return [_prompt(row) for row in read_rows(name, split="")]
 
 
 def _prompt(row: SourceRow) -> Prompt | Problem:

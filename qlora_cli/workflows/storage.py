@@ -15,7 +15,8 @@ from qlora_cli.errors import RecipeError
 from qlora_cli.model.base import is_packed, meta_model, stored_quantization
 from qlora_cli.model.folder import BaseFolder
 from qlora_cli.model.lora import linear_shape
-from qlora_cli.model.nf4 import four_bit_layers, four_bit_skeleton, misreads
+from qlora_cli.model.nf4 import four_bit_layers, misreads
+from qlora_cli.model.quantizer import four_bit_skeleton
 from qlora_cli.recipe.schema import QuantizationSection, Recipe
 
 WHY = "its 4-bit weights are used as they are; there is nothing to quantise them from"

@@ -6,7 +6,7 @@ alternation, and a turn that failed leaves it as it was.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from qlora_cli.generation.decoder import Finish
 from qlora_cli.generation.sampling import Decoding
 from qlora_cli.training.guard import memory_guard
 from qlora_cli.workflows.prompts import Prompt, append_row, as_rows
-from qlora_cli.workflows.voices import Ended, Voices, how_ended
+from qlora_cli.workflows.voices import Ended, Voice, Voices, how_ended
 
 SEEDS = 2**32
 Pieces = Generator[str, None, None]
@@ -65,6 +65,22 @@ class Answer:
         return {"event": "answer", **self.row(), "tokens": self.finish.tokens, "ended": self.ended}
 
 
+def instructed(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
+    """The messages behind the system message, unless there is none or they bring their own."""
+    own = system is None or (messages and messages[0].role == "system")
+    return messages if own else (Message("system", str(system)), *messages)
+
+
+def encode(voice: Voice, room: Callable[[int], int], where: str, messages: Sequence[Message]) -> list[int] | Problem:
+    """The tokens of a prompt that stands at `where`, or why it cannot be answered."""
+    try:
+        ids = voice.prompt(messages)
+        room(len(ids))
+    except DataError as error:
+        return replace(error.problems[0], where=where)
+    return ids
+
+
 class Talk:
     """A conversation with a loaded model."""
 
@@ -79,10 +95,7 @@ class Talk:
     def history(self) -> tuple[Message, ...]:
         """The turns so far, behind the system message if there is one."""
         said = [(turn.asked[-1], Message("assistant", turn.text)) for turn in self._turns]
-        return (*self._system(), *(message for pair in said for message in pair))
-
-    def _system(self) -> tuple[Message, ...]:
-        return (Message("system", self.system),) if self.system is not None else ()
+        return instructed(tuple(message for pair in said for message in pair), self.system)
 
     def instruct(self, text: str | None) -> None:
         """Sets the system message of this conversation, or takes it away. `DataError` where the template has no place
@@ -163,8 +176,9 @@ class Talk:
     def answers(self, prompts: Sequence[Prompt], decoding: Decoding, batch_size: int) -> Iterator[Answer]:
         """Answers to many prompts in their order, each a conversation of its own. All that are too long are named
         before the first is answered."""
-        asked = [self._instructed(prompt.messages) for prompt in prompts]
-        outcomes = [self._encode(prompt.where, each) for prompt, each in zip(prompts, asked, strict=True)]
+        asked = [instructed(prompt.messages, self.system) for prompt in prompts]
+        voice, space = self.voices.voice, self.voices.room
+        outcomes = [encode(voice, space, prompt.where, each) for prompt, each in zip(prompts, asked, strict=True)]
         raise_all([outcome for outcome in outcomes if isinstance(outcome, Problem)])
         encoded = [outcome for outcome in outcomes if not isinstance(outcome, Problem)]
         with _memory():
@@ -173,17 +187,6 @@ class Talk:
                 finish = Finish(completion.stopped, len(completion.ids), len(ids))
                 ended = how_ended(completion.stopped, len(completion.ids), decoding)
                 yield Answer(messages, self.voices.voice.text(completion.ids), ended, finish)
-
-    def _instructed(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        return messages if messages[0].role == "system" else (*self._system(), *messages)
-
-    def _encode(self, where: str, messages: Sequence[Message]) -> list[int] | Problem:
-        try:
-            ids = self.voices.voice.prompt(messages)
-            self.voices.room(len(ids))
-        except DataError as error:
-            return replace(error.problems[0], where=where)
-        return ids
 
     def answer_all(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy answers to many prompts, each a conversation of its own."""

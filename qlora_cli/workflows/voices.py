@@ -59,7 +59,22 @@ class Voice:
             raise DataError(f"the text is not Unicode: {error.reason} (character {error.start + 1})") from error
 
 
-def _voice(found: Found, tokenizer: Any) -> Voice:
+def room(config: Any, used: int) -> int:
+    """Positions that a model of this configuration has left for an answer. `DataError` where there are none."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return sys.maxsize
+    if used >= positions:
+        raise DataError(
+            f"the conversation has {used:,} tokens, and the model was trained for {positions:,} positions",
+            why="past them it computes what nobody has trained, and to cut it would answer another question",
+            fix="shorten it, or start a new conversation",
+        )
+    return int(positions) - used
+
+
+def voice_of(found: Found, tokenizer: Any) -> Voice:
+    """The voice of what was found."""
     data = found.recipe.data
     return Voice(tokenizer, turn_encoder(tokenizer, data.template, data.format))
 
@@ -118,16 +133,7 @@ class Voices:
 
     def room(self, used: int) -> int:
         """Positions left for an answer. `DataError` where there are none."""
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is None:
-            return sys.maxsize
-        if used >= positions:
-            raise DataError(
-                f"the conversation has {used:,} tokens, and the model was trained for {positions:,} positions",
-                why="past them it computes what nobody has trained, and to cut it would answer another question",
-                fix="shorten it, or start a new conversation",
-            )
-        return int(positions) - used
+        return room(self._model.config, used)
 
     def stream(self, messages: Sequence[Message], decoding: Decoding) -> Iterator[str]:
         """Pieces of the answer, each once it can no longer change (a character may take several tokens)."""
@@ -171,7 +177,7 @@ def load_voices(found: Mapping[str | None, Found], emit: Emit, allow_changed_bas
     adapters = Adapters(loaded.model, loaded.dtype)
     voices = {}
     for name, each in found.items():
-        voices[name] = _voice(each, loaded.tokenizer if each is first else tokenizer_of(each))
+        voices[name] = voice_of(each, loaded.tokenizer if each is first else tokenizer_of(each))
         if name is not None:
             assert each.adapter is not None and each.recipe.lora is not None, "a name stands for an adapter"
             adapters.add(name, each.recipe.lora, read_adapter(each.adapter)[1], each.adapter)

@@ -7,6 +7,8 @@ import os
 import pty
 import re
 import select
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 from qlora_cli.cli.app import main
@@ -23,6 +26,8 @@ from qlora_cli.cli.history import History, history_file
 from qlora_cli.cli.options import Storage
 from qlora_cli.cli.repl import BASE, COMMANDS, Repl
 from qlora_cli.cli.settings import SETTINGS, parse_setting
+from qlora_cli.cli.signals import end_on_signals, interruption
+from qlora_cli.generation.sampling import check_logits
 from qlora_cli.recipe.schema import QuantizationSection
 from qlora_cli.workflows import chat
 from qlora_cli.workflows.chat import Decoding, open_talk
@@ -92,10 +97,13 @@ def test_a_setting_is_a_number_of_its_own_type(text: str, expected: tuple[str, A
     [
         ("temprature=1", "did you mean temperature?"),
         ("temperature", "write KEY=VALUE"),
-        ("temperature=warm", "temperature: 'warm' is not a number from 0"),
+        ("temperature=warm", "temperature: 'warm' is not a number from 0.01 to 100, or 0"),
         ("temperature=nan", "temperature: nan is not"),
         ("temperature=inf", "temperature: inf is not"),
         ("temperature=-0.1", "temperature: -0.1 is not"),
+        ("temperature=1e-300", "temperature: 1e-300 is not a number from 0.01 to 100, or 0"),
+        ("repetition_penalty=1e-300", "repetition_penalty: 1e-300 is not a number from 0.1 to 100"),
+        ("repetition_penalty=0", "repetition_penalty: 0 is not"),
         ("top_p=0", "top_p: 0 is not a number above 0 to 1"),
         ("top_k=1.5", "top_k: '1.5' is not a whole number from 0"),
         ("max_new_tokens=0", "max_new_tokens: 0 is not a whole number from 1"),
@@ -152,6 +160,107 @@ def test_a_turn_is_answered_with_its_figures_and_the_limit_that_cut_it(repl: Rep
     assert after(repl, "/undo", capsys) == "taken back: /path is no command\n"
 
 
+class Planted:
+    """A model that fails once, as `fail` does, and then is itself again."""
+
+    def __init__(self, model: Any, fail: Callable[[], None]) -> None:
+        self._model, self._fail = model, fail
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        fail, self._fail = self._fail, lambda: None
+        fail()
+        return self._model(**inputs)
+
+
+def swallowed(number: int) -> None:
+    """What a library's native code makes of an exception that a signal raised."""
+    try:
+        signal.raise_signal(number)
+    except BaseException as error:
+        raise ValueError("could not determine the shape") from error
+
+
+def fail_in_kernel() -> None:
+    raise RuntimeError("a kernel failed")
+
+
+def test_a_failed_turn_of_any_kind_leaves_session_and_conversation(repl: Repl, capsys: Capture) -> None:
+    repl.take("q")
+    said = repl._talk.history
+    for fail, shown in (
+        (fail_in_kernel, "RuntimeError: a kernel failed"),
+        (lambda: check_logits(torch.tensor([torch.nan])), "error: the model's logits are not finite numbers\n  why"),
+    ):
+        decoder = repl._talk.voices._decoder
+        assert decoder is not None
+        whole, decoder._model = decoder._model, Planted(decoder._model, fail)
+        assert shown in after(repl, "q2", capsys)
+        assert repl._talk.history == said
+        decoder._model = whole
+    assert "5 tokens" in after(repl, "q3", capsys)
+
+
+@pytest.fixture
+def signals_end() -> Iterator[None]:
+    """Signals are handled as `main` has them handled, until the test ends."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    end_on_signals()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_ctrl_c_that_a_library_swallowed_stops_the_turn_and_a_request_to_end_the_session(
+    repl: Repl, capsys: Capture, signals_end: None
+) -> None:
+    repl.take("q")
+    decoder = repl._talk.voices._decoder
+    assert decoder is not None
+    decoder._model = Planted(decoder._model, lambda: swallowed(signal.SIGINT))
+    assert after(repl, "q2", capsys).endswith("stopped: the conversation is as it was\n")
+    assert interruption() is None
+    decoder._model = Planted(decoder._model, lambda: swallowed(signal.SIGTERM))
+    with pytest.raises(SystemExit) as end:
+        repl.take("q3")
+    assert end.value.code == 143
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_that_a_library_swallowed_still_ends_the_command(
+    talkative: Path, number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture, signals_end: None
+) -> None:
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: swallowed(number))
+    assert main(["chat", str(talkative), "-p", "q"]) == code
+    said = capsys.readouterr().err
+    assert said.endswith("interrupted\n")
+    assert "error" not in said
+    monkeypatch.undo()
+    assert main(["chat", str(talkative), "-p", "q", "--max-new-tokens", "1", "-q"]) == 0
+
+
+def test_an_ignored_ctrl_c_stays_ignored(signals_end: None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_on_signals()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_closed_stdin_is_an_empty_one(talkative: Path) -> None:
+    command = f"{sys.executable} -m qlora_cli chat {talkative} -q <&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_stdin_that_cannot_be_read_is_an_error(talkative: Path, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m qlora_cli chat {talkative} -q 0> {tmp_path}/x"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr.startswith("error: stdin cannot be read")
+
+
 def test_commands_change_what_is_said_next(repl: Repl, tmp_path: Path, capsys: Capture) -> None:
     repl.take("q")
     whole = capsys.readouterr().out
@@ -177,6 +286,8 @@ def test_adapters_are_listed_switched_and_compared(
     capsys.readouterr()
     assert after(repl, "/adapter", capsys) == "  base\n* one\n  two\n"
     assert "there is no adapter tow; did you mean two?" in after(repl, "/adapter tow", capsys)
+    assert "/adapter takes one name (got extra behind two)" in after(repl, "/adapter two  extra", capsys)
+    assert after(repl, "/adapter", capsys) == "  base\n* one\n  two\n"
     after(repl, "/adapter two", capsys)
     assert after(repl, "/adapter", capsys) == "  base\n  one\n* two\n"
     after(repl, "/base", capsys)

@@ -19,7 +19,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from qlora_cli.generation.sampling import Decoding, choose, distribution, model_decoding, penalised
+from qlora_cli.errors import NonFiniteError
+from qlora_cli.generation.sampling import Decoding, check_logits, choose, distribution, model_decoding, penalised
 
 SEEN = [1, 4, 4, 9]
 
@@ -86,6 +87,25 @@ def test_the_likeliest_token_always_remains(top_p: float) -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
     for decoding in (Decoding(temperature=1.0, top_p=top_p), Decoding(temperature=1.0, min_p=1.0)):
         assert choose(logits, [], decoding, torch.Generator().manual_seed(0)) == int(logits.argmax())
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-3, 1e38, 1e300])
+@pytest.mark.parametrize("top_p", [1.0, 1e-300])
+def test_no_setting_leaves_nothing_to_draw_from(temperature: float, top_p: float) -> None:
+    for logits in (torch.tensor([3.0, -2.0, 40.0, 1e37]), torch.zeros(50), torch.tensor([-torch.inf, 0.0, -torch.inf])):
+        for penalty in (1.0, 1e-3, 1e3):
+            decoding = Decoding(temperature=temperature, top_p=top_p, repetition_penalty=penalty)
+            token = choose(logits, [0, 2], decoding, torch.Generator().manual_seed(0))
+            assert logits[token] > -torch.inf
+            if temperature < 1 and len(logits) == 4 and penalty == 1:
+                assert token == 3
+
+
+def test_logits_that_are_no_numbers_are_an_error_and_tokens_ruled_out_are_none() -> None:
+    check_logits(torch.tensor([[1.0, -torch.inf], [0.0, 1.0]]))
+    for bad in ([torch.nan, 1.0], [torch.inf, 1.0], [-torch.inf, -torch.inf]):
+        with pytest.raises(NonFiniteError):
+            check_logits(torch.tensor(bad))
 
 
 def test_temperature_0_takes_the_likeliest_token_after_the_penalty() -> None:

@@ -17,6 +17,7 @@ from qlora_cli.model.adapter import (
     WEIGHTS,
     adapter_config,
     adapter_tensors,
+    learned_something,
     load_into,
     read_adapter,
     save_adapter,
@@ -121,6 +122,23 @@ def test_an_adapter_that_is_not_what_was_trained_never_gets_its_final_name(
     with pytest.raises(ModelError):
         save_adapter(tmp_path / "adapter", tensors, config, harm)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_are_not_finite_are_refused_by_name_and_a_fresh_adapter_has_learned_nothing(
+    base: Path, tmp_path: Path
+) -> None:
+    saved(base, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    assert learned_something(tensors)
+    assert not learned_something({key: value * (".lora_A." in key) for key, value in tensors.items()})
+    bad = sorted(tensors)[:6]
+    for key, value in zip(bad, [torch.nan, torch.inf, -torch.inf] * 2, strict=True):
+        tensors[key][0, 0] = value
+    save_file(tensors, tmp_path / "adapter" / WEIGHTS)
+    with pytest.raises(ModelError, match="6 tensors hold values that are not finite") as caught:
+        read_adapter(tmp_path / "adapter")
+    assert all(name in str(caught.value) for name in bad[:4])
+    assert "and 2 more" in str(caught.value)
 
 
 def test_a_damaged_or_foreign_folder_is_refused(base: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 
 from qlora_cli.model.base import load_base, load_config, meta_model, report
 from qlora_cli.model.folder import find_base
-from qlora_cli.model.nf4 import dequantize, four_bit_layers, four_bit_skeleton, is_four_bit
+from qlora_cli.model.nf4 import dequantize, four_bit_layers, is_four_bit
+from qlora_cli.model.quantizer import four_bit_skeleton
 from qlora_cli.recipe.schema import ModelSection, QuantizationSection
 from tests.conftest import make_llama
 

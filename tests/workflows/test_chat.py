@@ -479,6 +479,20 @@ def test_prompts_longer_than_the_models_positions_are_all_named_before_any_answe
     assert f"{file}:3: the conversation has" in captured.err
 
 
+def test_malformed_and_too_long_rows_are_named_together_before_any_weight_is_loaded(
+    base: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    rows = [{"prompt": "q"}, {"prompt": "q" * 200}, {"prompt": 3}, {"prompt": "q" * 90}]
+    file = write_jsonl(tmp_path / "p.jsonl", rows)
+    for system, wrong in (([], (2, 3)), (["--system", "s" * 40], (2, 3, 4))):
+        assert main(["chat", str(base), "--prompts", str(file), *system]) == 4
+        error = capsys.readouterr().err
+        assert [line.split(": ")[1] for line in error.splitlines() if line.startswith("error")] == [
+            f"{file}:{n}" for n in wrong
+        ]
+        assert "loading" not in error
+
+
 def test_all_of_stdin_is_one_prompt_with_a_dash(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
     assert main(["chat", str(base), "--prompt", "-", "--json", "--max-new-tokens", "3", "--system", "be brief"]) == 0

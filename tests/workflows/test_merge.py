@@ -562,3 +562,36 @@ def test_a_damaged_merged_model_is_used_by_no_command(
         capsys.readouterr()
         assert main(command) == 5
         assert "model.safetensors is not as it was written" in capsys.readouterr().err
+
+
+def test_a_base_of_the_hub_is_merged_by_its_commit(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process of its own, whose Hub cache holds the base as a download would have left it."""
+    commit = "c" * 40
+    cache = tmp_path / "hub/models--someone--tiny"
+    shutil.copytree(trained / "base", cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text(commit)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    run = tmp_path / "run"
+    commands = [
+        [
+            "train",
+            str(trained / "tiny.yaml"),
+            "-o",
+            str(run),
+            "-q",
+            "-s",
+            "model.base=someone/tiny",
+            "-s",
+            "train.steps=2",
+        ],
+        ["merge", str(run), "-q"],
+    ]
+    for command in commands:
+        subprocess.run([sys.executable, "-m", "qlora_cli", *command], check=True, capture_output=True)
+    card = (run / "merged/README.md").read_text()
+    assert "base_model: someone/tiny" in card
+    assert receipt_of(run / "merged")["passed"]
+    assert commit in (run / "merged/recipe.yaml").read_text()
