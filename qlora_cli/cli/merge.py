@@ -106,19 +106,9 @@ def merge(
     ):
         if wrong:
             raise typer.BadParameter(text)
-    options = {
-        "target": run,
-        "adapter": adapter,
-        "output": output,
-        "base": base.value,
-        "dtype": dtype.value if dtype else None,
-        "verify": not no_verify,
-        "verify_data": verify_data,
-        "verify_rows": verify_rows,
-        "tolerance": tolerance,
-        "overwrite": overwrite,
-        "allow_changed_base": allow_changed_base,
-    }
+    options: dict[str, Any] = {"target": run, "adapter": adapter, "output": output, "overwrite": overwrite}
+    options |= {"base": base.value, "dtype": dtype.value if dtype else None, "allow_changed_base": allow_changed_base}
+    options |= {"verify": not no_verify, "verify_data": verify_data, "verify_rows": verify_rows, "tolerance": tolerance}
     _merge(options, portable_adapter, (push, public), (as_json, quiet))
 
 
