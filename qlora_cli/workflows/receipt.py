@@ -5,6 +5,7 @@ Knows figures and files. Invariant: it says what was measured on the files that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -47,8 +48,9 @@ class Receipt:
 
     @property
     def distance(self) -> float:
-        """What orders candidates: the KL, or the delta's error where nothing was compared."""
-        return self.divergence.kl if self.divergence else self.delta_error
+        """What orders candidates: the KL, or the delta's error where nothing was compared; infinite for no number."""
+        value = self.divergence.kl if self.divergence else self.delta_error
+        return math.inf if math.isnan(value) else value
 
     @property
     def passed(self) -> bool:
