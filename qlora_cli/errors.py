@@ -81,7 +81,7 @@ class DiskError(QloraError):
 
 
 class NonFiniteError(QloraError):
-    """A loss or gradient that is not a finite number; no weight was updated with it."""
+    """A loss, gradient or logit that is not a finite number; no weight was updated with it."""
 
     exit_code = 9
 
