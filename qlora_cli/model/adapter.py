@@ -6,7 +6,7 @@ equals the layers' tensors bit for bit, is finite, and has a B that is not all z
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora_cli.errors import ModelError, Problem
-from qlora_cli.files import MANIFEST, disk_errors, manifest_problems, staged_folder, write_json, write_manifest
+from qlora_cli.files import disk_errors, staged_folder, write_json, write_manifest
 from qlora_cli.model.folder import read_json
 from qlora_cli.model.lora import LoraLinear, linear_layers
 from qlora_cli.recipe.schema import LoraSection
@@ -111,7 +111,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, tensors) of an adapter folder. Raises `ModelError` for what is missing, unreadable or not finite; see
-    `check_adapter` for the manifest."""
+    `check_manifest` for the manifest."""
     config, tensors = _read(folder)
     if bad := not_finite(tensors):
         more = f" and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
@@ -139,18 +139,6 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ModelError(
             f"{folder / WEIGHTS} is damaged: {error}", fix="take it from a checkpoint or train again"
         ) from error
-
-
-def check_adapter(folder: Path, names: Collection[str] | None = None) -> None:
-    """Raises `ModelError` unless every file of the manifest (or those of `names`) but the card, which anybody may edit,
-    is as it was written."""
-    problems = [problem for problem in manifest_problems(folder, names) if not problem.startswith("README.md")]
-    if problems:
-        raise ModelError(
-            f"{folder} is damaged: {'; '.join(problems)}",
-            why=f"{MANIFEST} beside it says what was written",
-            fix="take it from a copy or a checkpoint, or train again",
-        )
 
 
 def mismatches(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> list[str]:

@@ -7,6 +7,7 @@ safetensors files that all lie inside it; pickles are refused and no code from a
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -122,7 +123,7 @@ def _check_config(folder: BaseFolder) -> None:
 
 
 def _check_weights(folder: BaseFolder) -> None:
-    _check_manifest(folder)
+    check_manifest(folder.name, folder.path)
     index = folder.path / INDEX
     if index.is_file():
         _check_index(folder, read_json(index))
@@ -130,28 +131,24 @@ def _check_weights(folder: BaseFolder) -> None:
         raise _no_safetensors(folder)
 
 
-_UNDAMAGED: set[tuple[str, tuple[tuple[str, int, int], ...]]] = set()
+_UNDAMAGED: set[tuple[object, ...]] = set()
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.is_file())
-
-
-def _check_manifest(folder: BaseFolder) -> None:
-    """A folder that this program wrote is as it was written, but for its card, which anybody may edit. Every byte is
-    read, once for files that nobody has touched since."""
-    state = (str(folder.path), tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in _files(folder.path)))
+def check_manifest(name: str, folder: Path, names: Collection[str] | None = None) -> None:
+    """Raises `ModelError` unless every file of the manifest (or those of `names`) but the card, which anybody may edit,
+    is as it was written. Every byte is read, once for files that nobody has touched since."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    state = (folder, str(names), *((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files))
     if state in _UNDAMAGED:
         return
-    problems = [problem for problem in manifest_problems(folder.path) if not problem.startswith("README.md")]
-    if not problems:
-        _UNDAMAGED.add(state)
-    else:
+    problems = [problem for problem in manifest_problems(folder, names) if not problem.startswith("README.md")]
+    if problems:
         raise ModelError(
-            f"{folder.name} is damaged: {'; '.join(problems[:3])}",
+            f"{name} is damaged: {'; '.join(problems[:3])}",
             why=f"{MANIFEST} beside it says what was written",
-            fix=f"write it again or take it from a copy; if you changed it yourself, delete its {MANIFEST}",
+            fix=f"take it from a copy, or write it again; if you changed it yourself, delete its {MANIFEST}",
         )
+    _UNDAMAGED.add(state)
 
 
 def _check_index(folder: BaseFolder, index: Any) -> None:

@@ -17,10 +17,10 @@ from huggingface_hub.utils import validate_repo_id
 from pydantic import Field
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model.adapter import CONFIG, check_adapter, load_into, read_adapter
+from qlora_cli.model.adapter import CONFIG, load_into, read_adapter
 from qlora_cli.model.base import is_packed, load_base, load_config, load_tokenizer, stored_quantization
 from qlora_cli.model.device import compute_dtype, find_machine
-from qlora_cli.model.folder import INDEX, BaseFolder, find_base, is_folder
+from qlora_cli.model.folder import INDEX, BaseFolder, check_manifest, find_base, is_folder
 from qlora_cli.model.lora import attach
 from qlora_cli.model.record import Record, read_record
 from qlora_cli.recipe.schema import DataSection, ModelSection, QuantizationSection, Recipe
@@ -59,7 +59,7 @@ def adapter_folder(path: Path) -> Path:
         raise ModelError(f"{str(path)[:80]}: no such folder", fix="name a run directory or an adapter folder")
     for folder in (path / "adapter", path):
         if (folder / CONFIG).is_file():
-            check_adapter(folder)
+            check_manifest(str(folder), folder)
             return folder
     raise ModelError(
         f"{path} holds no adapter",
@@ -154,7 +154,7 @@ def is_model(path: Path) -> bool:
 
 def _tuned_model(folder: Path) -> Recipe:
     """The recipe that lies beside a model (of a full fine-tuning, or merged), with that model as the base."""
-    check_adapter(folder, {RECIPE_FILE})
+    check_manifest(str(folder), folder, {RECIPE_FILE})
     recipe = recipe_of(folder)
     moved = recipe.model.model_copy(update={"base": str(folder), "revision": None})
     return recipe.model_copy(update={"model": moved, "lora": None})

@@ -274,7 +274,7 @@ def test_a_half_written_shard_is_named(moved_base: Path, refused: Merge) -> None
     assert "model.safetensors" in refused(5, "--allow-changed-base")
 
 
-def test_the_adapter_of_another_base_is_refused_unless_told(
+def test_the_adapter_of_another_base_is_refused_or_said_to_be_one(
     run: Path, tmp_path: Path, refused: Merge, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = save_base(tmp_path / "other", seed=3)
@@ -282,6 +282,8 @@ def test_the_adapter_of_another_base_is_refused_unless_told(
     assert main(command) == 5
     assert "is not the one that" in capsys.readouterr().err
     assert main([*command, "--allow-changed-base"]) == 0
+    assert receipt_of(tmp_path / "merged")["base_changed_since_training"] is True
+    assert "is not the one that the adapter was trained on" in (tmp_path / "merged/README.md").read_text()
     small = save_base(tmp_path / "small", hidden_size=32)
     assert main(["merge", str(small), "--adapter", str(run), "-o", str(tmp_path / "x"), "--allow-changed-base"]) == 5
     assert "the layer wants" in capsys.readouterr().err
@@ -533,14 +535,6 @@ def test_a_type_that_cannot_hold_the_weights_does_not_end_the_search(
     assert "--base dequantized --dtype fp16: model.layers.0.input_layernorm.weight has values" in captured.err
     assert "is not the one that was trained: KL" in captured.err
     assert captured.err.count("measuring whether") == 2
-
-
-def test_what_was_merged_into_another_base_says_so(run: Path, tmp_path: Path) -> None:
-    other = save_base(tmp_path / "other", seed=3)
-    command = ["merge", str(other), "--adapter", str(run), "-o", str(tmp_path / "merged"), "-q"]
-    assert main([*command, "--allow-changed-base"]) == 0
-    assert receipt_of(tmp_path / "merged")["base_changed_since_training"] is True
-    assert "is not the one that the adapter was trained on" in (tmp_path / "merged/README.md").read_text()
 
 
 def test_from_inside_an_adapter_folder_it_writes_beside_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

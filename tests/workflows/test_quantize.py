@@ -244,7 +244,6 @@ def test_a_plot_is_drawn_or_what_it_lacks_is_said(
     error = refused(6, half, "--plot", str(tmp_path / "damage.png"))
     assert "pip install 'qlora-cli[plot]'" in error
     monkeypatch.undo()
-    pytest.importorskip("matplotlib")
     assert "a plot is a .png file" in refused(8, half, "--plot", str(tmp_path))
     quantize(half, tmp_path / "out", "--plot", str(tmp_path / "damage.png"), "--compare", "fp4")
     assert (tmp_path / "damage.png").read_bytes()[:4] == b"\x89PNG"
