@@ -102,8 +102,8 @@ def evaluate(
     console.result(outcome.line(), outcome.as_json())
 
 
-app.command()(quantize)
 app.command()(merge)
+app.command()(quantize)
 
 
 @app.command()
