@@ -136,11 +136,14 @@ def write_manifest(folder: Path) -> None:
 
 
 def manifest_problems(folder: Path, names: Collection[str] | None = None) -> list[str]:
-    """What of `names` (default: all) is not as manifest.json says; nothing where there is no manifest."""
+    """What of `names` (default: all) is not as manifest.json says; nothing where there is no manifest, or one in which
+    no entry is of the kind that `write_manifest` makes: other programs have files of that name."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(entries, dict) or not any(map(_is_entry, entries.values())):
+            return []
         wanted = {name: entry for name, entry in entries.items() if names is None or name in names}
-        return [problem for name, entry in wanted.items() if (problem := _damage(folder / name, entry))]
+        return [problem for name, entry in wanted.items() if (problem := _damage(folder, name, entry))]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -157,8 +160,15 @@ def unlisted(folder: Path) -> list[str]:
     return [name for name in found if name != MANIFEST and name not in entries]
 
 
-def _damage(path: Path, entry: dict[str, Any]) -> str:
+def _is_entry(value: object) -> bool:
+    return isinstance(value, dict) and value.keys() == {"bytes", "sha256"}
+
+
+def _damage(folder: Path, name: str, entry: dict[str, Any]) -> str:
     """What is wrong with a file of a manifest; empty when nothing is."""
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:  # links are fine: the Hub's cache consists of them
+        return f"{name} lies outside of the folder"
     if not path.is_file():
         return f"{path.name} is missing"
     size = path.stat().st_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -210,3 +211,30 @@ def test_a_manifest_tells_every_kind_of_damage(tmp_path: Path) -> None:
     assert manifest_problems(tmp_path, ["same"]) == []
     (tmp_path / "manifest.json").write_text("[")
     assert "cannot be read" in manifest_problems(tmp_path)[0]
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"version": 1, "files": {"a": "b"}}'])
+def test_a_manifest_of_another_program_says_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    assert manifest_problems(tmp_path) == []
+
+
+def test_a_manifest_does_not_lead_outside_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    entry = {"bytes": 1, "sha256": "0" * 64}
+    (folder / "manifest.json").write_text(json.dumps({"../secret": entry}))
+    assert manifest_problems(folder) == ["../secret lies outside of the folder"]
+
+
+def test_a_manifest_holds_for_files_that_are_links(tmp_path: Path) -> None:
+    """As in the Hub's cache."""
+    (tmp_path / "blob").write_bytes(b"content")
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    (folder / "weights").symlink_to(tmp_path / "blob")
+    write_manifest(folder)
+    assert manifest_problems(folder) == []
+    (tmp_path / "blob").write_bytes(b"contenu")
+    assert "weights is not as it was written" in manifest_problems(folder)[0]
