@@ -13,7 +13,7 @@ from typing import Any
 from qlora_cli.files import MANIFEST, disk_errors, write_json
 from qlora_cli.model.folder import INDEX, TEXT_FILES, read_json
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+CONFIG = "config.json"
 RECEIPTS = ("merge_receipt.json", "quantize_report.json", "origin.json", "adapter_config.json")
 
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from qlora_cli.errors import ModelError, Problem
+from qlora_cli.export.checks import is_finite
 from qlora_cli.export.companions import copy_companions, write_config
 from qlora_cli.export.weights import BaseWeights
-from qlora_cli.model.adapter import PREFIX, mismatches
+from qlora_cli.model.adapter import PREFIX, learned_something, mismatches
 from qlora_cli.model.lora import scaling_of, target_layers
 from qlora_cli.model.nf4 import Packed, quantize, stored_names
 from qlora_cli.model.quantizer import stored_config
@@ -82,7 +83,7 @@ def deltas(weights: BaseWeights, tensors: Mapping[str, Tensor], lora: LoraSectio
     problems = mismatches(expected, tensors)
     if problems:
         raise ModelError.of([Problem(text, where=str(where)) for text in problems])
-    if not any(bool(value.any()) for key, value in tensors.items() if ".lora_B." in key):
+    if not learned_something(tensors):
         raise ModelError("the adapter has learned nothing: every B is zero", where=str(where))
     scaling = scaling_of(lora)
     return {
@@ -179,8 +180,7 @@ class Merger:
         return again
 
     def _finite(self, value: Tensor, name: str) -> Tensor:
-        finite = value.sum(dtype=torch.float32).isfinite() or value.isfinite().all()  # the first needs no mask
-        if not bool(finite):
+        if not is_finite(value):
             kind = str(self._dtype).removeprefix("torch.")
             raise ModelError(
                 f"{name} has values that are not finite in {kind}",

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_cli.errors import ModelError
+from qlora_cli.export.checks import is_finite
 from qlora_cli.export.companions import copy_companions, write_config
 from qlora_cli.export.damage import Damage, LayerDamage, layer_damage
 from qlora_cli.export.digest import PIECE_BYTES, DigestWriter
@@ -107,7 +108,7 @@ class Quantizer:
         for piece in self._weights.source.pieces(name, PIECE_BYTES):
             cast = piece.to(self._type_of(piece.dtype))
             for each in (piece, cast) if cast is not piece else (piece,):
-                if not _is_finite(each):
+                if not is_finite(each):
                     raise _not_finite(name, each.dtype)
             yield cast
 
@@ -123,13 +124,6 @@ def layers_left_out(weights: BaseWeights, skip: str) -> list[str]:
     the start, as a regular expression, or at the end."""
     names = [layer.name for layer in weights.layers.values() if layer.four_bit]
     return [name for name in names if not should_convert_module(name, [skip])]
-
-
-def _is_finite(value: Tensor) -> bool:
-    """Whether all values are numbers and not infinite; without a mask of them."""
-    if not value.is_floating_point() or not value.numel():
-        return True
-    return all(bool(bound.isfinite()) for bound in value.aminmax())
 
 
 def _not_finite(name: str, dtype: torch.dtype) -> ModelError:

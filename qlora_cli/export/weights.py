@@ -109,13 +109,6 @@ class BaseWeights:
         layer = self.layers.get(name)
         return layer.shape[0] * layer.shape[1] if layer else self.source.entries[name].elements
 
-    def file_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of tensor `name` in the files, or what it would be in 16 bits."""
-        layer = self.layers.get(name)
-        if layer is None:
-            return self.source.entries[name].shape
-        return layer.shape[::-1] if layer.transposed else layer.shape
-
     def _check(self) -> None:
         """Raises `ModelError` for parameters that no tensor of the files gives, and for shapes that do not fit."""
         folder = self.source.folder
@@ -142,8 +135,7 @@ class BaseWeights:
     def _wrong_shape(self, name: str) -> str:
         layer = self.layers[name]
         if name in self.constants:
-            facts = stored_facts({each: self.source.read(each) for each in self.constants[name]})
-            found = tuple(facts["shape"])
+            found = tuple(stored_facts(self.constants[name], self.source.read)["shape"])
         else:
             shape = self.source.entries[name].shape
             found = shape[::-1] if layer.transposed else shape

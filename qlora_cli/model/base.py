@@ -97,8 +97,7 @@ def _stored_blocksize(folder: BaseFolder) -> int | None:
         return None
     source = Source(folder)
     packed = stored_constants(source.entries)
-    names = packed[min(packed)] if packed else []
-    return int(stored_facts({name: source.read(name) for name in names})["blocksize"]) if names else None
+    return int(stored_facts(packed[min(packed)], source.read)["blocksize"]) if packed else None
 
 
 def load_tokenizer(folder: BaseFolder) -> Any:

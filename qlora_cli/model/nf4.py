@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -166,9 +166,10 @@ def stored_constants(names: Iterable[str]) -> dict[str, list[str]]:
     return {weight: [name for name in known if name.startswith(f"{weight}.")] for weight in packed}
 
 
-def stored_facts(constants: Mapping[str, Tensor]) -> dict[str, Any]:
-    """blocksize, shape, dtype and quant_type of a weight that is stored in 4 bits, from its constants."""
-    state = next(value for name, value in constants.items() if _STATE in name)
+def stored_facts(constants: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, Any]:
+    """blocksize, shape, dtype and quant_type of a weight that is stored in 4 bits; of its `constants`, named here, the
+    small one that holds them is read."""
+    state = read(next(name for name in constants if _STATE in name))
     facts: dict[str, Any] = json.loads(bytes(state.tolist()))
     return facts
 

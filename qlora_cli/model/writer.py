@@ -48,11 +48,6 @@ class Writer:
             with contextlib.suppress(OSError):
                 self._file.close()
 
-    @property
-    def names(self) -> set[str]:
-        """Tensors written so far."""
-        return {name for shard in self._shards for name in shard} | {name for name, _ in self._late}
-
     def add(self, name: str, tensor: Tensor) -> None:
         """Writes a tensor."""
         self.add_pieces(name, tensor.dtype, tuple(tensor.shape), [tensor])

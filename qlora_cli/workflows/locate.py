@@ -178,14 +178,15 @@ def _deciding(files: Mapping[str, str]) -> dict[str, str]:
     return {n: h for n, h in files.items() if n.endswith(".safetensors") or n in {"config.json", INDEX}}
 
 
-def check_base(folder: BaseFolder, adapter: Path, emit: Emit, allow_changed: bool) -> None:
-    """Refuses a base that is not the one that the adapter was trained on, or says so where that is allowed."""
+def check_base(folder: BaseFolder, adapter: Path, emit: Emit, allow_changed: bool) -> bool:
+    """Refuses a base that is not the one that the adapter was trained on, or says so where that is allowed; returns
+    whether it is known to be another."""
     then, now = trained_base(adapter), _deciding(folder.fingerprint)
     if not then:
         emit(Notice(f"{adapter} has no record of its base's files: whether {folder.name} is that base is not known"))
     changed = [_change(name, then, now) for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
     if not then or not changed:
-        return
+        return False
     what = f"the base {folder.name} is not the one that {adapter} was trained on: {', '.join(changed)}"
     if not allow_changed:
         raise ModelError(
@@ -194,6 +195,7 @@ def check_base(folder: BaseFolder, adapter: Path, emit: Emit, allow_changed: boo
             fix="name that base (a folder, or a Hub id) before --adapter, or add --allow-changed-base",
         )
     emit(Notice(what))
+    return True
 
 
 def _change(name: str, then: Mapping[str, str], now: Mapping[str, str]) -> str:

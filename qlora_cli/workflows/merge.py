@@ -21,13 +21,12 @@ from qlora_cli.data.encode import Encoded
 from qlora_cli.data.turns import turn_encoder
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.evaluation.divergence import Divergence, diverge
-from qlora_cli.export.companions import GENERATION_CONFIG
 from qlora_cli.export.memory import return_freed_memory
 from qlora_cli.export.merge import Delta, Kind, Merger, deltas, merged_bytes
 from qlora_cli.export.weights import BaseWeights
 from qlora_cli.files import disk_errors, staged_folder, write_json, write_manifest, write_text
 from qlora_cli.model.adapter import read_adapter
-from qlora_cli.model.base import load_base
+from qlora_cli.model.base import GENERATION_CONFIG, load_base
 from qlora_cli.model.folder import BaseFolder, read_json
 from qlora_cli.recipe.schema import DataSection, QuantizationSection
 from qlora_cli.training.guard import memory_guard

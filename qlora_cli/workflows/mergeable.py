@@ -27,7 +27,6 @@ from qlora_cli.workflows.locate import (
     is_model,
     origin_of,
     tokenizer_of,
-    trained_base,
 )
 from qlora_cli.workflows.rundir import STATUS
 
@@ -58,14 +57,12 @@ def check_mergeable(found: Found, allow_changed_base: bool, emit: Emit) -> Merge
     """The adapter found with its base, checked against the record of the training."""
     assert found.adapter is not None, "what was found is an adapter"
     folder = base_folder(found)
-    check_base(folder, found.adapter, emit, allow_changed_base)
+    changed = check_base(folder, found.adapter, emit, allow_changed_base)
     if not allow_changed_base:
         _check_every_byte(folder, found.adapter, emit)
     machine = find_machine(found.recipe.model.device)
     name = origin_of(found.adapter).get("compute_dtype")
     dtype = DTYPES[name] if name else compute_dtype(found.recipe.quantization.compute_dtype, machine)
-    then = trained_base(found.adapter)
-    changed = any(folder.fingerprint.get(file) != value for file, value in then.items())
     return Mergeable(found, found.adapter, folder, tokenizer_of(found), machine.device, dtype, changed)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from qlora_cli import __version__
 from qlora_cli.errors import ModelError, Problem
 from qlora_cli.files import disk_errors, staged_folder, write_json, write_manifest, write_text
-from qlora_cli.model.adapter import CONFIG, WEIGHTS, read_adapter
+from qlora_cli.model.adapter import CONFIG, WEIGHTS, learned_something, read_adapter
 from qlora_cli.model.lora import scaling_of
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import LoraSection, Recipe
@@ -94,9 +94,7 @@ def _check_pairs(tensors: Mapping[str, Tensor], rank: int, folder: Path) -> None
             problems.append(f"{partner} is not in the file")
         elif value.ndim != 2 or value.shape[axis] != rank:
             problems.append(f"{key} is {tuple(value.shape)}, its rank should be {rank}")
-        elif not bool(value.isfinite().all()):
-            problems.append(f"{key} holds values that are not finite")
-    if not problems and not any(bool(value.any()) for key, value in tensors.items() if ".lora_B." in key):
+    if not problems and not learned_something(tensors):
         problems.append("the adapter has learned nothing: every B is zero")
     if problems:
         raise ModelError.of([Problem(text, where=str(folder)) for text in sorted(problems)])

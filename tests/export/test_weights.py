@@ -88,7 +88,6 @@ def test_a_folder_stored_in_4_bits_gives_the_weights_it_was_made_with(
     assert stored.section.model_copy(update={"skip_modules": made.section.skip_modules}) == made.section
     for weight in made.layers:
         assert torch.equal(stored.weight(weight), made.weight(weight))
-        assert stored.file_shape(weight) == made.file_shape(weight) == made.source.entries[weight].shape
         assert stored.elements(weight) == made.elements(weight)
 
 
