@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: no test needs the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test, nor a program that one starts, keeps a base in the user's cache; those of the cache name a place and a limit.
+os.environ["QLORA_CACHE"] = str(Path(tempfile.gettempdir()) / f"qlora-tests-{os.getpid()}")
+os.environ["QLORA_CACHE_LIMIT"] = "0"
 
 import pytest
 import torch

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,41 +82,151 @@ class Order:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that pass through the model together, padded at the right.
+    """Rows that pass through the model together: one under the other, padded at the right, or packed into one line.
 
-    `ids`, `attention` (1 where there is a token) and `targets` are [rows, T]; `targets[b, t]` is True where the token
-    at `t + 1` carries loss, so it says at which positions the model's prediction counts. Padding is masked by
-    position, never by token id: a tokenizer whose pad token is its EOS keeps its EOS targets.
+    `ids`, `attention` (1 where there is a token) and `targets` are [rows, T], or [1, T] where packed; `targets[b, t]`
+    is True where the token at `t + 1` carries loss, so it says at which positions the model's prediction counts.
+    `packed` are the lengths of a line's rows in their order, the padding at its end as a last row; None: not packed.
+    Padding is masked by position, never by token id: a tokenizer whose pad token is its EOS keeps its EOS targets.
     """
 
     ids: Tensor
     attention: Tensor
     targets: Tensor
+    packed: tuple[int, ...] | None = None
 
     @property
     def labels(self) -> Tensor:
         """[N] the ids to predict, in the order of `targets`' True positions."""
         return torch.roll(self.ids, -1, dims=1)[self.targets]
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the model is called with. Of packed rows it gets positions that begin anew with each (no mask: with one,
+        transformers would let rows see each other), and the borders that variable-length attention takes."""
+        if self.packed is None:
+            return {"input_ids": self.ids, "attention_mask": self.attention}
+        device = self.ids.device
+        positions = torch.cat([torch.arange(length, device=device) for length in self.packed])
+        borders = torch.tensor([0, *accumulate(self.packed)], dtype=torch.int32, device=device)
+        longest = max(self.packed)
+        return {
+            "input_ids": self.ids,
+            "position_ids": positions[None],
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`."""
-        return MicroBatch(self.ids.to(device), self.attention.to(device), self.targets.to(device))
+        return MicroBatch(self.ids.to(device), self.attention.to(device), self.targets.to(device), self.packed)
 
 
 def collate(rows: Sequence[Encoded], multiple: int = 1) -> MicroBatch:
     """Rows as one padded micro-batch whose width is a multiple of `multiple`."""
-    width = -(-max(len(row) for row in rows) // multiple) * multiple
-    ids = torch.zeros((len(rows), width), dtype=torch.int64)
-    attention, targets = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    width = round_up(max(len(row) for row in rows), multiple)
+    batch = _empty(len(rows), width)
     for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.from_numpy(row.ids.astype(np.int64))
-        attention[i, : len(row)] = 1
-        targets[i, : len(row) - 1] = torch.from_numpy(row.loss[1:])
-    return MicroBatch(ids, attention, targets)
+        _put(batch, i, 0, row)
+    return batch
+
+
+def round_up(length: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-length // multiple) * multiple
+
+
+def join(rows: Sequence[Encoded], multiple: int = 1) -> MicroBatch:
+    """Rows as one packed line whose length is a multiple of `multiple`. No target crosses a border: the last token of
+    a row predicts nothing."""
+    lengths = [len(row) for row in rows]
+    width = round_up(sum(lengths), multiple)
+    padding = width - sum(lengths)
+    batch = _empty(1, width)
+    for row, start in zip(rows, accumulate(lengths, initial=0), strict=False):
+        _put(batch, 0, start, row)
+    return replace(batch, packed=(*lengths, *([padding] if padding else [])))
+
+
+def _empty(rows: int, width: int) -> MicroBatch:
+    ids = torch.zeros((rows, width), dtype=torch.int64)
+    return MicroBatch(ids, torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool))
+
+
+def _put(batch: MicroBatch, line: int, start: int, row: Encoded) -> None:
+    end = start + len(row)
+    batch.ids[line, start:end] = torch.from_numpy(row.ids.astype(np.int64))
+    batch.attention[line, start:end] = 1
+    batch.targets[line, start : end - 1] = torch.from_numpy(row.loss[1:])
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How the rows of a step become micro-batches of at most `rows` rows of `length` tokens each; packed, of as many
+    rows as `rows * length` tokens hold."""
+
+    rows: int
+    length: int
+    packed: bool
+
+    def line(self) -> str:
+        """A few words."""
+        many = f"up to {self.rows * self.length:,} tokens" if self.packed else f"{self.rows} rows"
+        return f"micro-batches of {many}"
+
+    def split(self, rows: Sequence[Encoded]) -> list[Sequence[Encoded]]:
+        """A step's rows, divided. Rows of a step are summed, so their order is free: longest first, so that memory
+        runs out early or never."""
+        return packs(rows, self.rows * self.length) if self.packed else micro_batches(rows, self.rows)
+
+    def collate(self, rows: Sequence[Encoded]) -> MicroBatch:
+        """The tensors of one micro-batch."""
+        return join(rows, WIDTH_MULTIPLE) if self.packed else collate(rows, WIDTH_MULTIPLE)
+
+    def positions(self, rows: Sequence[Encoded]) -> int:
+        """Of a micro-batch: the positions that the model computes, padding included."""
+        lengths = [len(row) for row in rows]
+        return (
+            round_up(sum(lengths), WIDTH_MULTIPLE)
+            if self.packed
+            else len(rows) * round_up(max(lengths), WIDTH_MULTIPLE)
+        )
+
+    def bound(self, rows: Sequence[Encoded]) -> int:
+        """At least the positions of the largest micro-batch of a step's rows; quick."""
+        lengths = [len(row) for row in rows]
+        if self.packed:
+            return round_up(max(*lengths, min(sum(lengths), self.rows * self.length), 0), WIDTH_MULTIPLE)
+        return min(len(rows), self.rows) * round_up(max(lengths), WIDTH_MULTIPLE)
+
+    def halved(self) -> Batching | None:
+        """Micro-batches of half the size; None where they cannot be smaller."""
+        if self.rows > 1:
+            return replace(self, rows=self.rows // 2)
+        return replace(self, length=self.length // 2) if self.length > 1 else None
 
 
 def micro_batches(rows: Sequence[Encoded], size: int) -> list[Sequence[Encoded]]:
-    """Rows of one step, `size` at a time, longest first: rows of a step are summed, so their order is free, equals pad
-    less, and memory runs out early or never."""
+    """Rows of one step, `size` at a time, longest first, so that equals are padded together."""
     ordered = sorted(rows, key=len, reverse=True)
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def packs(rows: Sequence[Encoded], most: int) -> list[Sequence[Encoded]]:
+    """Rows of one step in packs of at most `most` tokens: best-fit decreasing (Johnson 1974), each row into the fullest
+    pack that has room. A row longer than `most` is a pack of its own. Depends on nothing but the rows and their order.
+    """
+    found: list[list[Encoded]] = []
+    room: list[int] = []
+    for row in sorted(rows, key=len, reverse=True):
+        fitting = [i for i, left in enumerate(room) if left >= len(row)]
+        if fitting:
+            best = min(fitting, key=room.__getitem__)
+            found[best].append(row)
+            room[best] -= len(row)
+        else:
+            found.append([row])
+            room.append(most - len(row))
+    return list(found)

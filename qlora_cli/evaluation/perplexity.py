@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from qlora_cli.data.batches import WIDTH_MULTIPLE, collate, micro_batches
+from qlora_cli.data.batches import Batching
 from qlora_cli.data.encode import Encoded
-from qlora_cli.model.loss import loss_sum
+from qlora_cli.model.loss import LossSum
 from qlora_cli.model.ranks import Ranks
 
 
@@ -35,15 +35,15 @@ class EvalResult:
 
 
 @torch.no_grad()
-def evaluate(model: Any, rows: Sequence[Encoded], batch_size: int, ranks: Ranks) -> EvalResult:
-    """Token-weighted loss of `rows`, shared among the processes."""
+def evaluate(model: Any, loss: LossSum, rows: Sequence[Encoded], batching: Batching, ranks: Ranks) -> EvalResult:
+    """Token-weighted `loss` of `model` on `rows`, shared among the processes."""
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for _, batch in ranks.mine(micro_batches(rows, batch_size)):
-        moved = collate(batch, WIDTH_MULTIPLE).to(ranks.device)
+    for _, batch in ranks.mine(batching.split(rows)):
+        moved = batching.collate(batch).to(ranks.device)
         with ranks.autocast():
-            total += loss_sum(model, moved.ids, moved.attention, moved.targets, moved.labels)
+            total += loss(moved.inputs, moved.targets, moved.labels)
     model.train(was_training)
     targets = sum(row.targets for row in rows)
     return EvalResult(float(ranks.sum(total)) / targets, len(rows), sum(map(len, rows)), targets)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_cli.errors import ModelError
+from qlora_cli.model.cache import Cache
 from qlora_cli.model.folder import BaseFolder, read_json
 from qlora_cli.model.lora import linear_shape
 from qlora_cli.model.nf4 import (
@@ -27,6 +28,7 @@ from qlora_cli.model.nf4 import (
 )
 from qlora_cli.model.quantizer import loading_config
 from qlora_cli.model.source import Source
+from qlora_cli.model.stored import Wanted, load_through
 from qlora_cli.recipe.schema import ModelSection, QuantizationSection
 
 GENERATION_CONFIG = "generation_config.json"
@@ -129,12 +131,35 @@ def load_base(
     quantization: QuantizationSection,
     dtype: torch.dtype,
     device: torch.device,
+    cache: Cache | None = None,
 ) -> Any:
     """The model on `device`, frozen, its unquantised weights in `dtype`. `ModelError` for weights that do not fit.
-    Weights that are stored in 4 bits stay as they are, whatever `quantization` says."""
+    Weights that are stored in 4 bits stay as they are, whatever `quantization` says. With a `cache`, a base that was
+    quantised before is read from there, bit for bit the same."""
+    config = load_config(folder)
+    _check_generation_config(folder)
+
+    def load() -> Any:
+        return _from_files(folder, section, quantization, dtype, device)
+
+    if cache is None or quantization.type == "none" or is_packed(config):
+        model = load()
+    else:
+        model = load_through(cache, Wanted(folder, config, quantization, dtype, device, section.attention), load)
+    keep_packed_format(model)
+    model.requires_grad_(False)
+    return model
+
+
+def _from_files(
+    folder: BaseFolder,
+    section: ModelSection,
+    quantization: QuantizationSection,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
     packed = is_packed(load_config(folder))
-    _check_generation_config(folder)
     if quantization.type != "none" and not packed:
         options["quantization_config"] = loading_config(quantization, dtype)
     if section.attention != "auto":
@@ -155,8 +180,6 @@ def load_base(
     _check_shapes(folder, model)
     if packed:
         _compute_in(model, dtype)
-    keep_packed_format(model)
-    model.requires_grad_(False)
     return model
 
 

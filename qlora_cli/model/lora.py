@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.errors import RecipeError
+from qlora_cli.model.nf4 import dequantize, is_four_bit
 from qlora_cli.recipe.schema import LoraSection
 
 
@@ -33,6 +34,8 @@ class LoraLinear(nn.Module):
         out_features, in_features = linear_shape(base)
         device = next(base.parameters()).device
         self.base = base
+        self.group: Callable[[LoraLinear, Tensor], Tensor] | None = None
+        """Computes this layer together with others (see `fused.py`); None: `plain`."""
         self.scaling = scaling
         self.dropout = nn.Dropout(dropout)
         self.lora_a = nn.Parameter(torch.zeros(r, in_features, dtype=dtype, device=device))
@@ -40,7 +43,13 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        down = nn.functional.linear(self.dropout(x), self.lora_a.to(x.dtype))
+        return self.plain(x) if self.group is None else self.group(self, x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """`forward` by autograd alone."""
+        share = self.dropout.p
+        seen = dropped(x, keep_mask(x, share), share) if share > 0 and self.training else x
+        down = nn.functional.linear(seen, self.lora_a.to(x.dtype))
         up = nn.functional.linear(down, self.lora_b.to(x.dtype))
         return torch.add(self.base(x), up, alpha=self.scaling)
 
@@ -58,6 +67,29 @@ class LoraLinear(nn.Module):
         values = torch.empty(self.lora_a.shape).uniform_(-bound, bound, generator=generator)
         self.lora_a.copy_(values)
         self.lora_b.zero_()
+
+
+def keep_mask(x: Tensor, share: float) -> Tensor:
+    """Bool like `x`: True where dropout of this share keeps a value."""
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - share)
+
+
+def dropped(x: Tensor, kept: Tensor, share: float) -> Tensor:
+    """`x` with dropout: what is kept, scaled so that the expectation stays."""
+    return torch.where(kept, x * (1 / (1 - share)), 0)
+
+
+def frozen_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """[out, in] a linear layer's weight in `dtype`, dequantised where it is stored in 4 bits."""
+    if is_four_bit(base):
+        return dequantize(base).to(dtype)
+    weight: Any = base.weight
+    return (weight.t() if isinstance(base, Conv1D) else weight).detach().to(dtype)
+
+
+def computes_in(base: Any) -> torch.dtype | None:
+    """The type into which a 4-bit layer turns its input; None for a layer that takes it as it is."""
+    return base.compute_dtype if is_four_bit(base) else None
 
 
 def scaling_of(lora: LoraSection) -> float:

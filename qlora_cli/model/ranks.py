@@ -41,6 +41,10 @@ class Ranks:
         summed: Tensor = self._accelerator.reduce(values.to(self.device), reduction="sum")
         return summed
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        return flag if self.count == 1 else bool(self.sum(torch.tensor(float(flag))))
+
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Replaces every gradient by its sum over all processes; one that a process lacks counts as zero there."""
         if self.count == 1:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from qlora_cli.errors import ModelError
 from qlora_cli.files import disk_errors, staged_folder, write_manifest
 from qlora_cli.model.adapter import adapter_config, adapter_tensors, load_into, save_adapter
-from qlora_cli.model.lora import attach
+from qlora_cli.model.lora import LoraLinear, attach
 from qlora_cli.recipe.schema import LoraSection
 
 Beside = Callable[[Path], None]
@@ -31,6 +31,9 @@ class Trained(Protocol):
 
     def parameters(self) -> Sequence[torch.nn.Parameter]:
         """Every trained parameter, always in the same order."""
+
+    def adapters(self) -> Sequence[LoraLinear]:
+        """The adapted layers, where there are any."""
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of the trained values on the CPU."""
@@ -54,6 +57,10 @@ class TrainedAdapter:
     def parameters(self) -> Sequence[torch.nn.Parameter]:
         """See `Trained`."""
         return [p for layer in self.layers.values() for p in (layer.lora_a, layer.lora_b)]
+
+    def adapters(self) -> Sequence[LoraLinear]:
+        """See `Trained`."""
+        return list(self.layers.values())
 
     def snapshot(self) -> dict[str, Tensor]:
         """See `Trained`."""
@@ -85,6 +92,10 @@ class TrainedModel:
     def parameters(self) -> Sequence[torch.nn.Parameter]:
         """See `Trained`."""
         return list(self._model.parameters())
+
+    def adapters(self) -> Sequence[LoraLinear]:
+        """See `Trained`."""
+        return ()
 
     def snapshot(self) -> dict[str, Tensor]:
         """See `Trained`."""

@@ -61,6 +61,14 @@ def _batch(recipe: Recipe) -> Iterator[Clash]:
         yield Clash(keys, what, why, f"e.g. --set train.batch_size={-(-whole // micro) * micro}")
 
 
+def _grouping(recipe: Recipe) -> Iterator[Clash]:
+    if recipe.train.group_by_length and recipe.train.packing:
+        what = "has no use with train.packing (got true and true)"
+        why = "packed rows are not padded, so grouping them would only make their order less random"
+        fix = "--set train.group_by_length=false, or --set train.packing=false"
+        yield Clash(("train.group_by_length", "train.packing"), what, why, fix)
+
+
 def _no_warmup(recipe: Recipe) -> Iterator[Clash]:
     train = recipe.train
     if train.schedule != "constant":
@@ -197,6 +205,7 @@ def _cpu(recipe: Recipe) -> Iterator[Clash]:
 RULES: tuple[Rule, ...] = (
     _length,
     _batch,
+    _grouping,
     _no_warmup,
     _needs_warmup,
     _two_warmups,

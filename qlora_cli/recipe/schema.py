@@ -33,6 +33,11 @@ class ModelSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to compute; `auto` takes a CUDA device when there is one."
     )
+    compile: Literal["auto", "off"] = Field(
+        "auto",
+        description="Compile norms and gated activations; `auto`: where there is a compiler and the run is long enough "
+        "to gain by it.",
+    )
 
 
 class QuantizationSection(Section):
@@ -54,6 +59,11 @@ class QuantizationSection(Section):
     skip_modules: tuple[Name, ...] = Field(
         (),
         description="Layers to leave in 16 bits besides head and tied weights: full names or their ends (`down_proj`).",
+    )
+    cache: bool = Field(
+        True,
+        description="Keep the quantised base on disk, so that the next start takes seconds (see docs/cache.md); with "
+        "`type: none` there is nothing to keep.",
     )
 
 
@@ -114,8 +124,19 @@ class TrainSection(Section):
     steps: PositiveInt | None = Field(None, description="Optimizer steps. Exactly one of `steps` and `epochs` is set.")
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="Passes over the training rows.")
     batch_size: PositiveInt = Field(16, description="Rows per optimizer step, over all devices.")
-    micro_batch_size: PositiveInt = Field(1, description="Rows that pass through the model at once, per device.")
-    group_by_length: bool = Field(False, description="Batch rows of similar length (less padding, less random order).")
+    micro_batch_size: PositiveInt = Field(
+        1,
+        description="Rows that pass through the model at once, per device; packed, as many as micro_batch_size x "
+        "data.max_length tokens hold.",
+    )
+    packing: bool = Field(
+        True,
+        description="Lay the rows of a step end to end, each seeing itself alone, instead of padding them. A step has "
+        "the same rows either way.",
+    )
+    group_by_length: bool = Field(
+        False, description="Without packing: batch rows of similar length (less padding, less random order)."
+    )
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw"] = Field(
         "paged_adamw_8bit", description="Optimizer; paging needs CUDA, on CPU the same states are kept unpaged."
     )

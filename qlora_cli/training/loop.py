@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from qlora_cli.data.batches import WIDTH_MULTIPLE, Order, collate, micro_batches
+from qlora_cli.data.batches import Batching, Order
 from qlora_cli.data.encode import Encoded
-from qlora_cli.model.loss import loss_sum
+from qlora_cli.errors import DeviceMemoryError
+from qlora_cli.model.loss import LossSum
 from qlora_cli.model.ranks import Ranks
 from qlora_cli.recipe.schema import TrainSection
 from qlora_cli.training.guard import check_finite, memory_guard
@@ -25,7 +26,9 @@ from qlora_cli.training.optim import lr_at
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step: `step` counts from 1; `loss` is the mean over its target tokens, before the update."""
+    """One optimizer step: `step` counts from 1; `loss` is the mean over its target tokens, before the update;
+    `positions` are those that the model computed, padding included. `shrunk` says to which micro-batches the loop went
+    over because memory ran out in this step; None: it did not."""
 
     step: int
     loss: float
@@ -34,53 +37,101 @@ class StepReport:
     rows: int
     tokens: int
     targets: int
+    positions: int
     seconds: float
+    shrunk: Batching | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the loop works on."""
+    """What the loop works on. `loss` is the model's, as its engine computes it."""
 
     model: Any
+    loss: LossSum
     parameters: Sequence[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     rows: Sequence[Encoded]
     order: Order
+    batching: Batching
     total_steps: int
     total_rows: int
 
+    def step_rows(self, step: int) -> list[Encoded]:
+        """The rows of 0-based `step`."""
+        return [self.rows[i] for i in self.order.step_rows(step, self.total_rows)]
+
 
 def train_steps(job: Job, train: TrainSection, ranks: Ranks) -> Iterator[StepReport]:
-    """Runs every step and reports each. `NonFiniteError` before a bad update, `DeviceMemoryError` when memory ends."""
+    """Runs every step and reports each. `NonFiniteError` before a bad update, `DeviceMemoryError` when memory ends even
+    with the smallest micro-batches."""
     job.model.train()
+    batching = job.batching
     for step in range(job.total_steps):
         started = time.perf_counter()
-        rows = [job.rows[i] for i in job.order.step_rows(step, job.total_rows)]
-        batches = micro_batches(rows, train.micro_batch_size)
+        rows = job.step_rows(step)
         targets = sum(row.targets for row in rows)
+        total, used = _gradients(job, batching, rows, (train.seed, step), ranks)
+        norm = _clip(job.parameters, targets, train.max_grad_norm)
+        loss = total / targets
+        check_finite(step + 1, loss, norm, [row.where for row in rows])
+        lr = lr_at(step, job.total_steps, train)
         with memory_guard(f"training, step {step + 1}"):
-            loss = _accumulate(job, batches, (train.seed, step), ranks) / targets
-            norm = _clip(job.parameters, targets, train.max_grad_norm)
-            check_finite(step + 1, loss, norm, [row.where for row in rows])
-            lr = lr_at(step, job.total_steps, train)
             _update(job.optimizer, lr)
         seconds = time.perf_counter() - started
-        yield StepReport(step + 1, loss, lr, norm, len(rows), sum(map(len, rows)), targets, seconds)
+        shrunk, batching = used if used != batching else None, used
+        positions = sum(map(batching.positions, batching.split(rows)))
+        counts = (len(rows), sum(map(len, rows)), targets, positions)
+        yield StepReport(step + 1, loss, lr, norm, *counts, seconds, shrunk)
 
 
-def _accumulate(job: Job, batches: list[Sequence[Encoded]], draw: tuple[int, int], ranks: Ranks) -> float:
-    """Adds up this step's gradients over its micro-batches and all processes; returns the summed loss. `draw` is
+def _gradients(
+    job: Job, batching: Batching, rows: Sequence[Encoded], draw: tuple[int, int], ranks: Ranks
+) -> tuple[float, Batching]:
+    """(the step's summed loss, with its gradients in place; the batching that memory sufficed for). When memory ends,
+    the same step is done again from the same draws in micro-batches of half the size."""
+    while True:
+        failure: DeviceMemoryError | None = None
+        try:
+            with memory_guard(f"training, step {draw[1] + 1}"):
+                total = _accumulate(job, batching, rows, draw, ranks)
+        except DeviceMemoryError as error:
+            failure = error
+        if not ranks.any(failure is not None):
+            ranks.sum_gradients(job.parameters)
+            return float(ranks.sum(total)), batching
+        smaller = batching.halved()
+        if smaller is None or smaller.split(rows) == batching.split(rows):
+            raise failure or DeviceMemoryError("out of memory in another process of this run")
+        batching = smaller
+        release(job)
+
+
+def release(job: Job) -> None:
+    """Gives up the gradients, and on CUDA the memory that torch keeps for later."""
+    job.optimizer.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _accumulate(
+    job: Job, batching: Batching, rows: Sequence[Encoded], draw: tuple[int, int], ranks: Ranks
+) -> torch.Tensor:
+    """Adds up the gradients of this process' micro-batches of a step; returns their summed loss. `draw` is
     (seed, step)."""
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for index, rows in ranks.mine(batches):
+    for index, batch in ranks.mine(batching.split(rows)):
         torch.manual_seed(draw_seed(*draw, index))
-        moved = collate(rows, WIDTH_MULTIPLE).to(ranks.device)
-        with ranks.autocast():
-            loss = loss_sum(job.model, moved.ids, moved.attention, moved.targets, moved.labels)
-        loss.backward()
-        total += loss.detach()
-    ranks.sum_gradients(job.parameters)
-    return float(ranks.sum(total))
+        total += backward(job, batching, batch, ranks)
+    return total
+
+
+def backward(job: Job, batching: Batching, rows: Sequence[Encoded], ranks: Ranks) -> torch.Tensor:
+    """One micro-batch, forward and backward; returns its summed loss."""
+    moved = batching.collate(rows).to(ranks.device)
+    with ranks.autocast():
+        loss = job.loss(moved.inputs, moved.targets, moved.labels)
+    loss.backward()
+    return loss.detach()
 
 
 def draw_seed(seed: int, step: int, index: int) -> int:

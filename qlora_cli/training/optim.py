@@ -47,6 +47,18 @@ def build_optimizer(
     return optimizer
 
 
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the state that the first step would make, so that memory which does not suffice is missed before it."""
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if hasattr(optimizer, "init_state"):  # bitsandbytes
+                optimizer.init_state(group, parameter, group_index, index)
+            else:
+                step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": step, **moments}
+
+
 def paging_note(train: TrainSection, device: torch.device) -> str:
     """What the console says when a paged optimizer cannot page; empty when there is nothing to say."""
     if device.type == "cuda" or not train.optimizer.startswith("paged_"):

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.data.batches import Batching
 from qlora_cli.data.dataset import load_held_out
 from qlora_cli.errors import ModelError
 from qlora_cli.evaluation.perplexity import EvalResult, evaluate
+from qlora_cli.model.engine import build_engine
 from qlora_cli.model.folder import is_folder
 from qlora_cli.model.ranks import Ranks
 from qlora_cli.recipe.load import load_recipe
@@ -54,7 +56,9 @@ def run_eval(target: str, adapter: Path | None, emit: Emit, allow_changed_base: 
         loaded = load_model(found, emit, allow_changed_base)
     emit(Stage(f"evaluating on {len(rows):,} held-out rows"))
     with memory_guard("evaluating"):
-        result = evaluate(loaded.model, rows, recipe.eval.batch_size, Ranks(loaded.device))
+        engine = build_engine(loaded.model, (), compiled=False)
+        batching = Batching(recipe.eval.batch_size, recipe.data.max_length, engine.packs)
+        result = evaluate(loaded.model, engine.loss, rows, batching, Ranks(loaded.device))
     return EvalOutcome(recipe.model.base, found.adapter, recipe.data.eval or recipe.data.train, result)
 
 

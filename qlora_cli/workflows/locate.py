@@ -19,6 +19,7 @@ from pydantic import Field
 from qlora_cli.errors import ModelError
 from qlora_cli.model.adapter import CONFIG, load_into, read_adapter
 from qlora_cli.model.base import is_packed, load_base, load_config, load_tokenizer, stored_quantization
+from qlora_cli.model.cache import Cache, find_cache
 from qlora_cli.model.device import compute_dtype, find_machine
 from qlora_cli.model.folder import INDEX, BaseFolder, check_manifest, find_base, is_folder
 from qlora_cli.model.lora import attach
@@ -250,8 +251,14 @@ def load_bare(found: Found, emit: Emit, allow_changed_base: bool = False, others
     dtype = compute_dtype(quantization.compute_dtype, machine)
     stored = " as stored in its files" if is_packed(config) else ""
     emit(Fact("model", f"{folder.name}, {loaded_as(quantization, dtype)}{stored}"))
-    model = load_base(folder, recipe.model, quantization, dtype, machine.device)
+    cache = cache_of(quantization, emit)
+    model = load_base(folder, recipe.model, quantization, dtype, machine.device, cache)
     return Loaded(model.eval(), tokenizer_of(found), recipe, machine.device, dtype)
+
+
+def cache_of(quantization: QuantizationSection, emit: Emit) -> Cache | None:
+    """Where a quantised base is kept, unless the recipe or the environment says that none is."""
+    return find_cache(quantization.cache, lambda text: emit(Fact("cache", text)), lambda text: emit(Notice(text)))
 
 
 def _quantization(found: Found, folder: BaseFolder, config: Any) -> QuantizationSection:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qlora_cli.errors import NonFiniteError, QloraError, RunDirectoryError
-from qlora_cli.evaluation.perplexity import EvalResult, evaluate
+from qlora_cli.evaluation.perplexity import EvalResult
 from qlora_cli.model.base import load_base, report, set_checkpointing
 from qlora_cli.model.device import peak_memory
 from qlora_cli.model.ranks import Ranks
@@ -28,15 +28,16 @@ from qlora_cli.recipe.snapshot import resolved_yaml
 from qlora_cli.training.best import Best
 from qlora_cli.training.checkpoint import save_checkpoint
 from qlora_cli.training.guard import memory_guard
-from qlora_cli.training.loop import Job, StepReport, train_steps
+from qlora_cli.training.loop import StepReport, train_steps
 from qlora_cli.training.metrics import MetricsFile
-from qlora_cli.training.optim import build_optimizer
 from qlora_cli.workflows.card import Outcome, beside
 from qlora_cli.workflows.events import Emit, Evaluated, Event, Fact, Notice, Progress, Saved, Stage, eval_json, size
+from qlora_cli.workflows.locate import cache_of
 from qlora_cli.workflows.lock import lock
-from qlora_cli.workflows.plan import Plan, order_of
+from qlora_cli.workflows.plan import Plan
 from qlora_cli.workflows.prepare import Prepared, local_rank, parts, prepare, weights_dtype
 from qlora_cli.workflows.rundir import RunDirectory, check_space, check_unused
+from qlora_cli.workflows.start import Evaluation, start
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,8 @@ class _Run:
         started = time.perf_counter()
         dtype, device = weights_dtype(recipe, ready.dtype), self.ranks.device
         with memory_guard("loading the base model"):
-            model = load_base(ready.folder, recipe.model, recipe.quantization, dtype, device)
+            cache = cache_of(recipe.quantization, self.tell)
+            model = load_base(ready.folder, recipe.model, recipe.quantization, dtype, device, cache)
             self._tell_base(model, time.perf_counter() - started)
             set_checkpointing(model, recipe.train.gradient_checkpointing)
             lora, seed = recipe.lora, recipe.train.seed
@@ -195,15 +197,13 @@ class _Run:
         self.tell(Fact("loaded", f"{counts}, {total} in all, {seconds:.1f} s"))
 
     def _loop(self, model: Any, trained: Trained) -> StepReport:
-        ready, recipe, parameters = self.ready, self.recipe, trained.parameters()
-        optimizer = build_optimizer(parameters, recipe.train, self.ranks.device)
-        order = order_of(recipe, ready.data)
-        job = Job(model, parameters, optimizer, ready.data.train, order, self.total, ready.plan.rows)
+        recipe = self.recipe
+        job, evaluation = start(model, trained, self.ready, self.ranks, self.tell)
         self.directory.status("running", 0)
         with MetricsFile(self.directory.metrics_path) as metrics:
             for step_report in train_steps(job, recipe.train, self.ranks):
                 self._after_step(step_report, metrics)
-                if self._evaluate_if_due(model, trained, step_report.step, metrics):
+                if self._evaluate_if_due(evaluation, trained, step_report.step, metrics):
                     self.tell(Notice(f"stopped early: no lower held-out loss in {recipe.eval.patience} evaluations"))
                     break
                 self._checkpoint_if_due(trained, step_report)
@@ -214,6 +214,8 @@ class _Run:
             self.first_seconds = step.seconds
         else:
             self.later_seconds += step.seconds
+        if step.shrunk:
+            self.tell(Notice(f"memory ran out in step {step.step}; it was done again with {step.shrunk.line()}"))
         logged = step.step % self.recipe.log.every == 0 or step.step in (1, self.total)
         pace = self.later_seconds / (step.step - 1) if step.step > 1 else self.first_seconds
         eta = pace * (self.total - step.step)
@@ -223,7 +225,7 @@ class _Run:
             metrics.write("step", progress.as_json())
             self.directory.status("running", step.step)
 
-    def _evaluate_if_due(self, model: Any, trained: Trained, step: int, metrics: MetricsFile) -> bool:
+    def _evaluate_if_due(self, evaluation: Evaluation, trained: Trained, step: int, metrics: MetricsFile) -> bool:
         """Evaluates when `eval.every` or the end says so; returns whether to stop early."""
         section, rows = self.recipe.eval, self.ready.data.held_out
         due = step == self.total or (section.every is not None and step % section.every == 0)
@@ -231,7 +233,7 @@ class _Run:
             return False
         self.tell(Stage(f"evaluating on {len(rows):,} held-out rows"))
         try:
-            result = self._evaluate(model)
+            result = self._evaluate(evaluation)
         except QloraError as error:
             if step < self.total:
                 raise
@@ -246,9 +248,9 @@ class _Run:
         metrics.write("eval", event.as_json())
         return self.best.exhausted and step < self.total
 
-    def _evaluate(self, model: Any) -> EvalResult:
+    def _evaluate(self, evaluation: Evaluation) -> EvalResult:
         with memory_guard("evaluating"):
-            result = evaluate(model, self.ready.data.held_out, self.recipe.eval.batch_size, self.ranks)
+            result = evaluation()
         if not math.isfinite(result.loss):
             raise NonFiniteError(
                 f"the held-out loss is {result.loss}", fix="set quantization.compute_dtype to bfloat16 or float32"

@@ -33,8 +33,14 @@ SHAPES = {
     | {"num_attention_heads": 32, "num_key_value_heads": 4},
     "llama2-7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     | {"num_attention_heads": 32},
+    "llama2-13b": {"vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40}
+    | {"num_attention_heads": 40},
+    "llama-33b": {"vocab_size": 32000, "hidden_size": 6656, "intermediate_size": 17920, "num_hidden_layers": 60}
+    | {"num_attention_heads": 52},
     "llama-65b": {"vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80}
     | {"num_attention_heads": 64},
+    "llama2-70b": {"vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    | {"num_attention_heads": 64, "num_key_value_heads": 8},
 }
 
 

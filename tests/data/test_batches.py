@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.data.batches import MEGABATCH, Order, collate, micro_batches, shuffled
+from qlora_cli.data.batches import MEGABATCH, Batching, Order, collate, join, micro_batches, packs, shuffled
 from qlora_cli.data.encode import Encoded
 
 few = settings(max_examples=50, deadline=None)
@@ -181,3 +181,88 @@ def test_micro_batches_keep_every_row(lengths: list[int], size: int) -> None:
 def test_micro_batches_put_the_longest_rows_first_so_that_memory_runs_out_early_or_never() -> None:
     rows = [row([9] * n, "x" * n) for n in (2, 7, 3, 5)]
     assert [[len(row) for row in batch] for batch in micro_batches(rows, 2)] == [[7, 5], [3, 2]]
+
+
+def plain_row(length: int, where: str = "") -> Encoded:
+    return row([9] * length, "." + "x" * (length - 1), where)
+
+
+LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=30)
+
+
+def test_packed_rows_lie_end_to_end_with_positions_and_borders_of_their_own() -> None:
+    batch = join([row([1, 5, 6, 2], "..xx"), row([1, 7, 2], ".xx")], multiple=8)
+    assert batch.ids.tolist() == [[1, 5, 6, 2, 1, 7, 2, 0]]
+    assert batch.labels.tolist() == [6, 2, 7, 2]
+    inputs = batch.inputs
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
+    assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == [0, 4, 7, 8]
+    assert inputs["max_length_q"] == inputs["max_length_k"] == 4
+    assert "attention_mask" not in inputs  # with one, transformers lets packed rows see each other
+
+
+def test_no_target_crosses_a_border() -> None:
+    batch = join([row([1, 5], "xx"), row([6, 7], "xx")])
+    assert batch.targets.tolist() == [[True, False, True, False]]
+
+
+@few
+@given(LENGTHS, st.integers(2, 60))
+def test_every_row_is_in_one_pack_and_no_pack_holds_more_than_the_most(lengths: list[int], most: int) -> None:
+    rows = [plain_row(n, str(i)) for i, n in enumerate(lengths)]
+    found = packs(rows, most)
+    assert sorted(r.where for pack in found for r in pack) == sorted(r.where for r in rows)
+    assert all(sum(map(len, pack)) <= most or len(pack) == 1 for pack in found)
+
+
+@few
+@given(LENGTHS, st.integers(40, 80))
+def test_two_packs_of_a_step_could_never_be_one(lengths: list[int], most: int) -> None:
+    sizes = [sum(map(len, pack)) for pack in packs([plain_row(n) for n in lengths], most)]
+    assert all(a + b > most for i, a in enumerate(sizes) for b in sizes[i + 1 :])
+
+
+def test_packs_are_best_fit_decreasing() -> None:
+    found = packs([plain_row(n) for n in (3, 5, 4, 7, 2)], 10)
+    assert [[len(r) for r in pack] for pack in found] == [[7, 3], [5, 4], [2]]
+
+
+@few
+@given(LENGTHS, st.integers(1, 4), st.booleans())
+def test_packed_or_padded_a_step_has_the_same_tokens_and_targets(lengths: list[int], rows: int, packed: bool) -> None:
+    given_rows = [row(list(range(1, n + 1)), "." + "x" * (n - 1)) for n in lengths]
+    batching = Batching(rows, 40, packed)
+    found = [batching.collate(part) for part in batching.split(given_rows)]
+    labels = sorted(label for batch in found for label in batch.labels.tolist())
+    assert labels == sorted(label for each in given_rows for label in each.ids[1:].tolist())
+    assert sum(int(batch.attention.sum()) for batch in found) == sum(lengths)
+    assert [batch.ids.numel() for batch in found] == [batching.positions(part) for part in batching.split(given_rows)]
+
+
+@few
+@given(LENGTHS, st.integers(1, 4), st.booleans())
+def test_the_bound_of_a_step_is_never_below_its_largest_micro_batch(
+    lengths: list[int], rows: int, packed: bool
+) -> None:
+    batching = Batching(rows, 40, packed)
+    given_rows = [plain_row(n) for n in lengths]
+    assert batching.bound(given_rows) >= max(map(batching.positions, batching.split(given_rows)))
+
+
+def test_packs_of_log_normal_rows_use_97_percent_of_their_positions() -> None:
+    drawn = np.random.default_rng(0).lognormal(np.log(300), 0.86, 953).astype(int).clip(2, 1024)
+    order, batching = Order(tuple(drawn.tolist()), 16, 0), Batching(1, 1024, packed=True)
+    rows = [plain_row(n) for n in order.lengths]
+    parts = [part for step in range(60) for part in batching.split([rows[i] for i in order.step_rows(step, 953)])]
+    assert sum(len(r) for part in parts for r in part) == sum(order.lengths)
+    assert sum(order.lengths) / sum(map(batching.positions, parts)) >= 0.97
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_halving_ends_at_one_token(packed: bool) -> None:
+    batching: Batching | None = Batching(4, 8, packed)
+    seen = []
+    while batching is not None:
+        seen.append((batching.rows, batching.length))
+        batching = batching.halved()
+    assert seen == [(4, 8), (2, 8), (1, 8), (1, 4), (1, 2), (1, 1)]

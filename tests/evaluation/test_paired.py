@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from qlora_cli.data.encode import Encoded
 from qlora_cli.evaluation.paired import Interval, RowLosses, paired_difference, row_losses
-from qlora_cli.evaluation.perplexity import evaluate
-from qlora_cli.model.ranks import Ranks
 from tests.conftest import make_llama
+from tests.evaluation.test_perplexity import evaluate
 
 
 def row(length: int, where: str, seed: int = 0, first: int = 1) -> Encoded:
@@ -30,7 +28,7 @@ def losses(sums: list[float], targets: list[int]) -> RowLosses:
 def test_rows_add_up_to_the_loss_that_evaluation_reports(batch_size: int) -> None:
     model = make_llama()
     found = row_losses(model.eval(), ROWS, batch_size)
-    whole = evaluate(model, ROWS, 2, Ranks(torch.device("cpu")))
+    whole = evaluate(model, ROWS, 2)
     assert found.loss == pytest.approx(whole.loss, rel=1e-6)
     assert found.perplexity == pytest.approx(whole.perplexity, rel=1e-5)
     assert int(found.targets.sum()) == whole.targets

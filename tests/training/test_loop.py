@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_cli.data.batches import Order
+from qlora_cli.data.batches import Batching, Order
 from qlora_cli.data.encode import Encoded
 from qlora_cli.errors import DeviceMemoryError, NonFiniteError
+from qlora_cli.model.engine import build_engine, plain_engine
 from qlora_cli.model.ranks import Ranks
 from qlora_cli.recipe.schema import TrainSection
 from qlora_cli.training.best import Best
@@ -30,16 +31,30 @@ def row(length: int, targets: int, index: int) -> Encoded:
 ROWS = [row(5 + 3 * i, 1 + 2 * i, i) for i in range(6)]
 
 
+CPU = torch.device("cpu")
+
+
+def make_job(base: Path, section: TrainSection, lora: dict[str, Any] | None = None) -> tuple[Job, Any]:
+    """A tiny model on ROWS, and its adapter's layers; with packing as the engine computes it, else plain."""
+    model, layers = adapted(base, **(lora or {}))
+    engine = build_engine(model, list(layers.values()), compiled=False) if section.packing else plain_engine(model)
+    assert engine.packs == section.packing
+    parameters = [p for layer in layers.values() for p in (layer.lora_a, layer.lora_b)]
+    optimizer = build_optimizer(parameters, section, CPU)
+    order = Order(tuple(len(r) for r in ROWS), section.batch_size, section.seed)
+    batching = Batching(section.micro_batch_size, 24, section.packing)
+    steps = section.steps or 1
+    return Job(
+        model, engine.loss, parameters, optimizer, ROWS, order, batching, steps, steps * section.batch_size
+    ), layers
+
+
 def run(base: Path, steps: int = 2, lora: dict[str, Any] | None = None, **train: Any) -> tuple[list[StepReport], Any]:
     """Trains a tiny model on ROWS, all six a step; returns the reports and the adapter's layers."""
-    values: dict[str, Any] = {"batch_size": 6, "steps": steps, "optimizer": "adamw", "lr": 1e-2}
+    values: dict[str, Any] = {"batch_size": 6, "steps": steps, "optimizer": "adamw", "lr": 1e-2, "packing": False}
     section = TrainSection(**(values | train))
-    model, layers = adapted(base, **(lora or {}))
-    parameters = [p for layer in layers.values() for p in (layer.lora_a, layer.lora_b)]
-    optimizer = build_optimizer(parameters, section, torch.device("cpu"))
-    order = Order(tuple(len(r) for r in ROWS), section.batch_size, section.seed)
-    job = Job(model, parameters, optimizer, ROWS, order, steps, steps * section.batch_size)
-    return list(train_steps(job, section, Ranks(torch.device("cpu")))), layers
+    job, layers = make_job(base, section, lora)
+    return list(train_steps(job, section, Ranks(CPU))), layers
 
 
 def test_loss_is_the_mean_over_all_target_tokens_of_the_step(base: Path) -> None:
@@ -97,25 +112,15 @@ def test_learning_falls_on_the_rows_it_sees(base: Path) -> None:
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_any_update_and_names_the_rows(base: Path) -> None:
-    section = TrainSection(batch_size=6, steps=1, optimizer="adamw")
-    model, layers = adapted(base)
+    section = TrainSection(batch_size=6, steps=1, optimizer="adamw", packing=False)
+    job, layers = make_job(base, section)
     first = next(iter(layers.values()))
     with torch.no_grad():
         first.lora_a[0, 0] = torch.inf
-    parameters = [p for layer in layers.values() for p in (layer.lora_a, layer.lora_b)]
-    before = [p.detach().clone() for p in parameters]
-    job = Job(
-        model,
-        parameters,
-        build_optimizer(parameters, section, torch.device("cpu")),
-        ROWS,
-        Order(tuple(map(len, ROWS)), 6, 0),
-        1,
-        6,
-    )
+    before = [p.detach().clone() for p in job.parameters]
     with pytest.raises(NonFiniteError, match=r"step 1: loss nan.*(\n.*)*rows\.jsonl:1"):
-        list(train_steps(job, section, Ranks(torch.device("cpu"))))
-    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+        list(train_steps(job, section, Ranks(CPU)))
+    assert all(torch.equal(a, b) for a, b in zip(before, job.parameters, strict=True))
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf")), (-float("inf"), 1.0)])

@@ -1,0 +1,214 @@
+"""How a run computes its model: which fast parts are in use.
+
+Knows a model with its adapter, and the fast parts. Invariant: each part was tried on this very model against its slow
+twin before it is used; what does not fit falls back alone, and `parts` says so. Trying leaves no gradient behind, no
+mode changed, and the random state as it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_cli.model.chunked import chunked_loss
+from qlora_cli.model.compiler import keep_compiled, why_no_compiler
+from qlora_cli.model.fused import fuse, unfuse
+from qlora_cli.model.lora import LoraLinear
+from qlora_cli.model.loss import LossSum, plain_loss
+from qlora_cli.model.packing import DECLINED, find_packing
+from qlora_cli.model.pointwise import Kernels
+from qlora_cli.model.shortcuts import restore, shorten
+
+PACKED = "packed rows"
+PROBE = (2, 16)
+"""Rows and tokens of the small batch on which parts are tried."""
+TOLERANCE = {torch.float32: 1e-3}
+TOLERANCE_16_BIT = 0.1
+"""Relative difference of the adapter's gradient. It is for wrong formulas: in 16 bits a deep model's gradients differ
+by some percent when its sums are merely ordered otherwise."""
+STIR = 0.02
+"""Standard deviation of what is added to B while a part is tried."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A fast part: whether it is in use, and in a few words what it does, or why it is not."""
+
+    name: str
+    used: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """`loss` of the model, whether rows may be packed, and which parts stand behind both."""
+
+    loss: LossSum
+    packs: bool
+    parts: tuple[Part, ...]
+    compile_seconds: float = 0.0
+
+    def line(self, packing: bool) -> str:
+        """The parts in use, where the recipe wants `packing` or does not."""
+        used = [part.detail for part in self.parts if part.used and (packing or part.name != PACKED)]
+        return ", ".join(used) or "the model's own forward"
+
+    def notes(self, packing: bool) -> list[str]:
+        """A sentence for each part that is wanted and not in use."""
+        lacking = [part for part in self.parts if not part.used and (packing or part.name != PACKED)]
+        return [f"without {part.name}: {part.detail}" for part in lacking]
+
+
+def plain_engine(model: Any) -> Engine:
+    """The slow twin: the model's own forward and loss, rows padded."""
+    return Engine(partial(plain_loss, model), False, ())
+
+
+def build_engine(model: Any, layers: Sequence[LoraLinear], compiled: bool) -> Engine:
+    """Tries every part on `model`, which has its adapter (`layers`) and is where it will be trained; without layers,
+    when nothing is trained or everything, the loss and packing alone. `compiled`: the pointwise parts are to be
+    compiled, where there is a compiler."""
+    parts, seconds = list[Part](), 0.0
+    with _trying(model):
+        probe = _Probe.of(model, layers)
+        if layers:
+            pointwise, seconds = _pointwise(probe, compiled)
+            parts = [_fused(probe), pointwise]
+        loss, chunked = _loss(probe)
+        packed = _packed(probe)
+    return Engine(loss, packed.used, (packed, chunked, *parts), seconds)
+
+
+@contextmanager
+def _trying(model: Any) -> Iterator[None]:
+    """Training mode; afterwards every module's own mode and the random state are what they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        model.train()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+@contextmanager
+def _stirred(layers: Sequence[LoraLinear]) -> Iterator[None]:
+    """B away from its first value, zero, with which every A has a gradient of zero, whatever computes it."""
+    before = [layer.lora_b.detach().clone() for layer in layers]
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_b.add_(torch.randn_like(layer.lora_b), alpha=STIR)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, value in zip(layers, before, strict=True):
+                layer.lora_b.copy_(value)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A small batch of random tokens, and the gradient that the slow twin has for it."""
+
+    model: Any
+    layers: Sequence[LoraLinear]
+    inputs: Mapping[str, Any]
+    targets: Tensor
+    labels: Tensor
+    gradient: Tensor
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: Any, layers: Sequence[LoraLinear]) -> _Probe:
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(vocabulary, PROBE, generator=torch.Generator().manual_seed(0)).to(model.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        targets = torch.ones_like(ids, dtype=torch.bool)
+        targets[:, -1] = False
+        labels = torch.roll(ids, -1, dims=1)[targets]
+        probe = cls(model, layers, inputs, targets, labels, torch.empty(0), vocabulary)
+        return replace(probe, gradient=probe.measure()) if layers else probe
+
+    def measure(self) -> Tensor:
+        """The adapter's gradient, flat, in float64."""
+        torch.manual_seed(0)
+        factors = [factor for layer in self.layers for factor in (layer.lora_a, layer.lora_b)]
+        with _stirred(self.layers):
+            loss = plain_loss(self.model, self.inputs, self.targets, self.labels)
+            return torch.cat([each.flatten().double() for each in torch.autograd.grad(loss, factors)])
+
+    def off(self) -> str:
+        """Empty where the model still has the gradient that it had."""
+        try:
+            found = float((self.measure() - self.gradient).norm() / self.gradient.norm())
+        except DECLINED as error:
+            return _words(error)
+        allowed = TOLERANCE.get(self.model.dtype, TOLERANCE_16_BIT)
+        return "" if found <= allowed else f"gradients differ by {found:.1%}"
+
+
+def _fused(probe: _Probe) -> Part:
+    name = "fused projections"
+    count = fuse(probe.model, probe.layers, probe.inputs)
+    problem = probe.off() if count else "no layer can be"
+    if problem:
+        unfuse(probe.layers)
+        return Part(name, False, problem)
+    groups = len({layer.group for layer in probe.layers if layer.group})
+    return Part(name, True, f"{count} of {len(probe.layers)} projections fused in {groups} groups")
+
+
+def _pointwise(probe: _Probe, compiled: bool) -> tuple[Part, float]:
+    """The part, and the seconds that compiling took."""
+    reason = why_no_compiler(probe.model.device) if compiled else "not compiled"
+    if reason:
+        return _shortened(probe, Kernels(compiled=False), f"fused ({reason})"), 0.0
+    keep_compiled()
+    started = time.perf_counter()
+    part = _shortened(probe, Kernels(compiled=True), "compiled")
+    seconds = time.perf_counter() - started
+    if part.used:
+        return part, seconds
+    return _shortened(probe, Kernels(compiled=False), f"fused (compiled: {part.detail})"), seconds
+
+
+def _shortened(probe: _Probe, kernels: Kernels, how: str) -> Part:
+    name = "fused norms and gates"
+    norms, gates = shorten(probe.model, kernels)
+    problem = probe.off() if norms + gates else "the model has none that are known"
+    if problem:
+        restore(probe.model)
+        return Part(name, False, problem)
+    return Part(name, True, f"{norms} norms and {gates} gated activations {how}")
+
+
+def _words(error: Exception) -> str:
+    """Its type and first line, in at most 120 letters."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}"[:120]
+
+
+def _packed(probe: _Probe) -> Part:
+    found = find_packing(probe.model, probe.vocabulary)
+    if found.attention is None:
+        return Part(PACKED, False, found.reason)
+    probe.model.get_decoder().set_attn_implementation(found.attention)
+    return Part(PACKED, True, PACKED)
+
+
+def _loss(probe: _Probe) -> tuple[LossSum, Part]:
+    try:
+        found = chunked_loss(probe.model, probe.inputs, probe.targets, probe.labels)
+    except DECLINED as error:
+        found = _words(error)
+    if isinstance(found, str):
+        return partial(plain_loss, probe.model), Part("chunked loss", False, found)
+    return found, Part("chunked loss", True, "loss at target tokens in chunks")

@@ -1,0 +1,76 @@
+"""From a loaded model to a job whose first step may begin: engine, optimizer, rehearsal.
+
+Sees the whole recipe. Invariant: what the run computes with was tried, and is said; its largest micro-batch has passed
+through once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from qlora_cli.data.batches import Batching
+from qlora_cli.evaluation.perplexity import EvalResult, evaluate
+from qlora_cli.model.engine import Engine, build_engine
+from qlora_cli.model.ranks import Ranks
+from qlora_cli.model.trained import Trained
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.training.guard import memory_guard
+from qlora_cli.training.loop import Job
+from qlora_cli.training.optim import build_optimizer
+from qlora_cli.training.rehearsal import rehearse, rehearse_evaluation
+from qlora_cli.workflows.events import Emit, Fact, Notice
+from qlora_cli.workflows.plan import Plan, order_of
+from qlora_cli.workflows.prepare import Prepared
+
+COMPILE_FROM = 2e12
+"""Tokens x parameters of a run that is long enough for compiling to pay: about a minute on two cores, several times
+what compiling takes."""
+
+
+Evaluation = Callable[[], EvalResult]
+"""Evaluates the model of a job, as it is, on the held-out rows."""
+
+
+def start(model: Any, trained: Trained, ready: Prepared, ranks: Ranks, tell: Emit) -> tuple[Job, Evaluation]:
+    """The job, and how to evaluate it, both rehearsed. Raises `DeviceMemoryError` with what would fit."""
+    recipe, plan = ready.recipe, ready.plan
+    with memory_guard("trying the engine's parts"):
+        engine = build_engine(model, trained.adapters(), _compiled(recipe, plan))
+    _tell_engine(engine, recipe, tell)
+    parameters = trained.parameters()
+    job = Job(
+        model=model,
+        loss=engine.loss,
+        parameters=parameters,
+        optimizer=build_optimizer(parameters, recipe.train, ranks.device),
+        rows=ready.data.train,
+        order=order_of(recipe, ready.data),
+        batching=batching_of(recipe, engine, recipe.train.micro_batch_size),
+        total_steps=plan.steps,
+        total_rows=plan.rows,
+    )
+    held_out, batching = ready.data.held_out, batching_of(recipe, engine, recipe.eval.batch_size)
+    rehearsed = rehearse(job, ranks)
+    if held_out:
+        rehearse_evaluation(model, engine.loss, held_out, batching, ranks)
+    tell(Fact("rehearsal", rehearsed.line()))
+    return job, partial(evaluate, model, engine.loss, held_out, batching, ranks)
+
+
+def batching_of(recipe: Recipe, engine: Engine, rows: int) -> Batching:
+    """How the recipe divides rows into micro-batches of `rows`, packed where it says so and the model can."""
+    return Batching(rows, recipe.data.max_length, recipe.train.packing and engine.packs)
+
+
+def _compiled(recipe: Recipe, plan: Plan) -> bool:
+    return recipe.model.compile == "auto" and plan.tokens * plan.shape.parameters >= COMPILE_FROM
+
+
+def _tell_engine(engine: Engine, recipe: Recipe, tell: Emit) -> None:
+    tell(Fact("engine", engine.line(recipe.train.packing)))
+    for note in engine.notes(recipe.train.packing):
+        tell(Notice(note))
+    if engine.compile_seconds:
+        tell(Fact("compiled", f"in {engine.compile_seconds:.1f} s, not counted in the steps' times"))
