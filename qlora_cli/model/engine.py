@@ -102,16 +102,14 @@ def _trying(model: Any) -> Iterator[None]:
 @contextmanager
 def _stirred(layers: Sequence[LoraLinear]) -> Iterator[None]:
     """B away from its first value, zero, with which every A has a gradient of zero, whatever computes it."""
-    before = [layer.lora_b.detach().clone() for layer in layers]
-    with torch.no_grad():
-        for layer in layers:
-            layer.lora_b.add_(torch.randn_like(layer.lora_b), alpha=STIR)
+    before = [layer.lora_b.data for layer in layers]
+    for layer, value in zip(layers, before, strict=True):
+        layer.lora_b.data = torch.randn_like(value).mul_(STIR).add_(value)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for layer, value in zip(layers, before, strict=True):
-                layer.lora_b.copy_(value)
+        for layer, value in zip(layers, before, strict=True):
+            layer.lora_b.data = value
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ class _Probe:
     inputs: Mapping[str, Any]
     targets: Tensor
     labels: Tensor
-    gradient: Tensor
+    gradient: tuple[Tensor, ...]
     vocabulary: int
 
     @classmethod
@@ -134,25 +132,31 @@ class _Probe:
         targets = torch.ones_like(ids, dtype=torch.bool)
         targets[:, -1] = False
         labels = torch.roll(ids, -1, dims=1)[targets]
-        probe = cls(model, layers, inputs, targets, labels, torch.empty(0), vocabulary)
+        probe = cls(model, layers, inputs, targets, labels, (), vocabulary)
         return replace(probe, gradient=probe.measure()) if layers else probe
 
-    def measure(self) -> Tensor:
-        """The adapter's gradient, flat, in float64."""
+    def measure(self) -> tuple[Tensor, ...]:
+        """The gradients of every A and B: as much memory as a step's."""
         torch.manual_seed(0)
         factors = [factor for layer in self.layers for factor in (layer.lora_a, layer.lora_b)]
         with _stirred(self.layers):
             loss = plain_loss(self.model, self.inputs, self.targets, self.labels)
-            return torch.cat([each.flatten().double() for each in torch.autograd.grad(loss, factors)])
+            return torch.autograd.grad(loss, factors)
 
     def off(self) -> str:
         """Empty where the model still has the gradient that it had."""
         try:
-            found = float((self.measure() - self.gradient).norm() / self.gradient.norm())
+            found = _difference(self.measure(), self.gradient)
         except DECLINED as error:
             return _words(error)
         allowed = TOLERANCE.get(self.model.dtype, TOLERANCE_16_BIT)
         return "" if found <= allowed else f"gradients differ by {found:.1%}"
+
+
+def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Relative, of all tensors together."""
+    apart = [(a.float() - b.float()).norm() for a, b in zip(found, wanted, strict=True)]
+    return float(torch.stack(apart).norm() / torch.stack([b.float().norm() for b in wanted]).norm())
 
 
 def _fused(probe: _Probe) -> Part:

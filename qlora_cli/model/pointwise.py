@@ -69,7 +69,7 @@ class Kernels:
 
     def __init__(self, compiled: bool) -> None:
         def kernel(function: Kernel) -> Kernel:
-            return torch.compile(function, dynamic=True, fullgraph=True) if compiled else function
+            return torch.compile(function, dynamic=True) if compiled else function
 
         self.norm = (kernel(norm_forward), kernel(norm_backward))
         self.gates = {name: (kernel(forward), kernel(backward)) for name, (forward, backward) in GATES.items()}

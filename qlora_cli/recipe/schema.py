@@ -153,8 +153,11 @@ class TrainSection(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         0.3, description="Clip the gradient's norm to this; null: never."
     )
-    gradient_checkpointing: Literal["on", "off", "offload"] = Field(
-        "on", description="Recompute activations in the backward pass; `offload` also keeps them in host memory."
+    gradient_checkpointing: Literal["auto", "on", "off", "offload"] = Field(
+        "auto",
+        description="Recompute activations in the backward pass: less memory, a third more work, the same values. "
+        "`auto`: only where the run would else need more than half of the free memory; `offload` also keeps what is "
+        "left of them in host memory.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of every random draw.")
 

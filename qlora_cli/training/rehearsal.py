@@ -68,7 +68,8 @@ def _try(job: Job, ranks: Ranks) -> Rehearsed:
             job.model.train()
             backward(job, job.batching, rows, ranks)
     except DeviceMemoryError as error:
-        failed = error
+        failed = error.with_traceback(None)
+        failed.__cause__ = failed.__context__ = None  # their frames hold all that the pass computed
     release(job)
     if ranks.any(failed is not None):
         raise failed or DeviceMemoryError("out of memory in the rehearsal of another process of this run")

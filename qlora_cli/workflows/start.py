@@ -7,6 +7,7 @@ through once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,7 @@ def start(model: Any, trained: Trained, ready: Prepared, ranks: Ranks, tell: Emi
     recipe, plan = ready.recipe, ready.plan
     with memory_guard("trying the engine's parts"):
         engine = build_engine(model, trained.adapters(), _compiled(recipe, plan))
+    engine = replace(engine, packs=not ranks.any(not engine.packs))  # all processes divide a step's rows alike
     _tell_engine(engine, recipe, tell)
     parameters = trained.parameters()
     job = Job(
