@@ -7,6 +7,7 @@ names and everything else in one dtype, and its 4-bit layers keep their packed f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from qlora_cli.model.nf4 import (
 from qlora_cli.model.quantizer import loading_config
 from qlora_cli.model.source import Source
 from qlora_cli.model.stored import Wanted, load_through
+from qlora_cli.model.stream import loader, name_after
 from qlora_cli.recipe.schema import ModelSection, QuantizationSection
 
 GENERATION_CONFIG = "generation_config.json"
@@ -49,6 +51,11 @@ class BaseReport:
     def share_not_four_bit(self) -> float:
         """Share of the parameters that are not in 4 bits: embeddings, head, norms, and MoE experts."""
         return 1 - self.four_bit_parameters / self.parameters
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Of those in 4 bits, of which there must be some: codes and constants."""
+        return 8 * self.four_bit_bytes / self.four_bit_parameters
 
 
 def load_config(folder: BaseFolder) -> Any:
@@ -159,15 +166,14 @@ def _from_files(
     device: torch.device,
 ) -> Any:
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
-    packed = is_packed(load_config(folder))
+    config = load_config(folder)
+    packed, from_pretrained = is_packed(config), partial(AutoModelForCausalLM.from_pretrained, folder.path)
     if quantization.type != "none" and not packed:
-        options["quantization_config"] = loading_config(quantization, dtype)
+        options["quantization_config"], from_pretrained = loading_config(quantization, dtype), loader(folder, config)
     if section.attention != "auto":
         options["attn_implementation"] = section.attention
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder.path, trust_remote_code=False, output_loading_info=True, **options
-        )
+        model, info = from_pretrained(trust_remote_code=False, output_loading_info=True, **options)
     except SafetensorError as error:
         raise ModelError(f"{folder.name}: a weight file is damaged: {error}", fix="download it again") from error
     except RuntimeError as error:
@@ -178,6 +184,7 @@ def _from_files(
         raise ModelError(f"{folder.name}: cannot be loaded: {_first_line(error)}", fix=_load_fix(section)) from error
     _check_complete(folder, info)
     _check_shapes(folder, model)
+    name_after(folder, model)
     if packed:
         _compute_in(model, dtype)
     return model

@@ -81,6 +81,8 @@ class Cache:
     limit: int
     tell: Tell
     warn: Tell
+    keeps: bool = True
+    """Whether this process writes entries: the first of those that start together does."""
 
     @property
     def bases(self) -> Path:
@@ -129,6 +131,8 @@ class Cache:
 
     def store(self, key: str, size: int, write: Callable[[Path], None]) -> None:
         """Keeps what `write` puts into a folder, about `size` bytes, under `key`; says why where it does not."""
+        if not self.keeps:
+            return
         try:
             self.bases.mkdir(parents=True, exist_ok=True)
             with _only_writer(self.bases) as alone:

@@ -70,7 +70,7 @@ class Wanted:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
         if model.can_generate():
-            model.generation_config = _generation_config(self.folder)
+            model.generation_config = generation_config(self.folder)
         return model.eval()
 
 
@@ -95,7 +95,7 @@ def _bytes(model: Any) -> int:
     return constants + sum(tensor.nbytes for tensor in distinct)
 
 
-def _generation_config(folder: BaseFolder) -> GenerationConfig:
+def generation_config(folder: BaseFolder) -> GenerationConfig:
     """As `from_pretrained` chooses it: from its own file, else from the model's config.json."""
     try:
         return GenerationConfig.from_pretrained(folder.path)

@@ -33,6 +33,11 @@ class ModelSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to compute; `auto` takes a CUDA device when there is one."
     )
+    engine: Literal["auto", "plain"] = Field(
+        "auto",
+        description="How to compute: `auto`, with the fast parts that agree with this model (see docs/engine.md), or "
+        "`plain`, with the model's own forward and autograd alone.",
+    )
     compile: Literal["auto", "off"] = Field(
         "auto",
         description="Compile norms and gated activations; `auto`: where there is a compiler and the run is long enough "

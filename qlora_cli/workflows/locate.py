@@ -257,8 +257,10 @@ def load_bare(found: Found, emit: Emit, allow_changed_base: bool = False, others
 
 
 def cache_of(quantization: QuantizationSection, emit: Emit) -> Cache | None:
-    """Where a quantised base is kept, unless the recipe or the environment says that none is."""
-    return find_cache(quantization.cache, lambda text: emit(Fact("cache", text)), lambda text: emit(Notice(text)))
+    """Where a quantised base is kept, unless the recipe or the environment says that none is. Of the processes of a run
+    only the first one writes there."""
+    cache = find_cache(quantization.cache, lambda text: emit(Fact("cache", text)), lambda text: emit(Notice(text)))
+    return replace(cache, keeps=local_rank() == 0) if cache else None
 
 
 def _quantization(found: Found, folder: BaseFolder, config: Any) -> QuantizationSection:

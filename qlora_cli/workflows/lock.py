@@ -11,18 +11,21 @@ import sys
 from typing import Any
 
 from qlora_cli import __version__
+from qlora_cli.files import sha256
+from qlora_cli.model.cache import Cache
 from qlora_cli.workflows.prepare import Prepared
 
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers")
 
 
-def lock(ready: Prepared) -> dict[str, Any]:
-    """The values of lock.json. Files of a Hub model are identified by its commit, local ones by their hashes."""
+def lock(ready: Prepared, cache: Cache | None) -> dict[str, Any]:
+    """The values of lock.json. Files of a Hub model are identified by its commit, local ones by their hashes, which a
+    `cache` remembers from start to start."""
     local = ready.folder.revision is None
     return {
         "qlora": __version__,
         "base": {"name": ready.folder.name, "revision": ready.folder.revision},
-        "base_sha256": ready.folder.hashes() if local else None,
+        "base_sha256": ready.folder.hashes(cache.hashes.sha256 if cache else sha256) if local else None,
         "base_samples": ready.folder.fingerprint,
         "data": {source.source: source.sha256 for source in ready.data.receipt.sources},
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},

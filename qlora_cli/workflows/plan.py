@@ -6,8 +6,9 @@ estimates and are called that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,43 +17,37 @@ from torch import nn
 from qlora_cli.data.batches import Order
 from qlora_cli.data.dataset import TokenData
 from qlora_cli.errors import RecipeError
-from qlora_cli.model.lora import adapter_parameters, linear_shape, target_layers
+from qlora_cli.model.compiler import why_no_compiler
+from qlora_cli.model.head import CAPS
+from qlora_cli.model.lora import adapter_parameters, linear_layers, linear_shape, target_layers
 from qlora_cli.model.nf4 import four_bit_layers
 from qlora_cli.model.quantizer import four_bit_skeleton
 from qlora_cli.recipe.schema import QuantizationSection, Recipe
-from qlora_cli.training.optim import STATE_BYTES
 from qlora_cli.workflows.events import size
+from qlora_cli.workflows.memory import Load, Shape, block_of, load_of, plan_memory, total
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Counts of a model's parameters, from its structure."""
-
-    parameters: int
-    four_bit: int
-    trainable: int
-    adapted_layers: int
-    hidden: int
-    layers: int
-    intermediate: int
-    vocabulary: int
+COMPILE_FROM = 2e12
+"""Tokens x parameters of a run that is long enough for compiling to pay: about a minute on two cores, several times
+what compiling takes."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do. Bytes are estimates by part."""
+    """What a run will do. Bytes are estimates by part; `checkpointing` is what `auto` came to."""
 
     shape: Shape
+    checkpointing: str
     steps: int
     rows: int
     tokens: int
+    load: Load
     memory: dict[str, int]
     disk: dict[str, int]
 
     @property
     def memory_bytes(self) -> int:
-        """Estimated peak, all parts together."""
-        return sum(self.memory.values())
+        """Estimated peak; see `memory.total`."""
+        return total(self.memory)
 
     @property
     def disk_bytes(self) -> int:
@@ -74,17 +69,20 @@ def shape_of(skeleton: Any, recipe: Recipe) -> Shape:
     """Exact counts; every target of the adapter is found here, before any weight is read. Changes the skeleton."""
     chosen: Mapping[str, nn.Module] = target_layers(skeleton, recipe.lora.targets) if recipe.lora else {}
     parameters = sum(p.numel() for p in skeleton.parameters())
-    text = skeleton.config.get_text_config()
+    text, block = skeleton.config.get_text_config(), block_of(skeleton, chosen)
+    largest = max(math.prod(linear_shape(layer)) for layer in linear_layers(skeleton).values())
     four_bit = four_bit_shapes(skeleton, recipe.quantization)
     return Shape(
         parameters=parameters,
         four_bit=sum(out * in_ for out, in_ in four_bit.values()),
         trainable=adapter_parameters(chosen, recipe.lora.r) if recipe.lora else parameters,
         adapted_layers=len(chosen),
+        largest=largest,
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,  # GPT-2 has no such key
         vocabulary=text.vocab_size,
+        soft_cap=any(getattr(text, name, None) for name in CAPS),  # most configurations have none of these keys
+        block=block,
     )
 
 
@@ -126,37 +124,21 @@ def order_of(recipe: Recipe, data: TokenData) -> Order:
     return Order(lengths, recipe.train.batch_size, recipe.train.seed, recipe.train.group_by_length)
 
 
-def make_plan(recipe: Recipe, shape: Shape, data: TokenData, dtype: torch.dtype) -> Plan:
-    """The plan; see `_memory` for the estimate."""
+def worth_compiling(recipe: Recipe, tokens: int, parameters: int) -> bool:
+    """Whether the pointwise parts are to be compiled, where there is a compiler."""
+    return recipe.model.compile == "auto" and tokens * parameters >= COMPILE_FROM
+
+
+def make_plan(recipe: Recipe, shape: Shape, data: TokenData, dtype: torch.dtype, device: str) -> Plan:
+    """The plan of a run that computes in `dtype`; see `plan_memory` for the estimate."""
     order = order_of(recipe, data)
     steps, rows = steps_and_rows(recipe, order)
     mean = sum(order.lengths) / len(order.lengths)
-    longest = max(order.lengths)
+    tokens = round(rows * mean)
+    compiled = worth_compiling(recipe, tokens, shape.parameters) and not why_no_compiler(torch.device(device))
+    load = replace(load_of(recipe, data, order, steps, rows), compiled=compiled)
     saved = shape.trainable * (dtype.itemsize if recipe.lora and recipe.lora.dtype == "compute" else 4)
     checkpoints = recipe.save.keep_last if recipe.save.every else 0
     disk = {"result": saved + 8_000_000, "checkpoints": saved * checkpoints}
-    return Plan(shape, steps, rows, round(rows * mean), _memory(recipe, shape, longest, dtype), disk)
-
-
-def _memory(recipe: Recipe, shape: Shape, longest: int, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes by part. 4-bit: half a byte a weight, and per block one float32 constant, or with double quantization one
-    byte and 1/256 float32 (Dettmers et al. 2023, arXiv:2305.14314, section 3). Activations: the inputs of every layer
-    when they are recomputed, plus what one layer keeps (all layers, when nothing is recomputed)."""
-    quant, train, width = recipe.quantization, recipe.train, dtype.itemsize
-    per_constant = 1 + 4 / 256 if quant.double_quant else 4
-    stored = width if recipe.lora and recipe.lora.dtype == "compute" else 4
-    other = 0 if recipe.lora is None else (shape.parameters - shape.four_bit) * width
-    evaluated = recipe.eval.batch_size if recipe.data.eval or recipe.data.eval_split else 0
-    tokens = train.micro_batch_size * longest
-    inside = tokens * (14 * shape.hidden + 4 * shape.intermediate) * width
-    recomputed = train.gradient_checkpointing != "off"
-    return {
-        "4-bit weights": shape.four_bit // 2,
-        "quantization constants": round(shape.four_bit / quant.blocksize * per_constant),
-        "other weights": other,
-        "trained weights": shape.trainable * stored,
-        "gradients": shape.trainable * stored,
-        "optimizer": round(shape.trainable * STATE_BYTES[train.optimizer]),
-        "activations": inside + shape.layers * tokens * shape.hidden * width if recomputed else shape.layers * inside,
-        "logits": max(tokens, evaluated * longest) * shape.vocabulary * (width + 8),
-    }
+    memory = plan_memory(recipe, shape, load, dtype, device)
+    return Plan(shape, recipe.train.gradient_checkpointing, steps, rows, tokens, load, memory, disk)

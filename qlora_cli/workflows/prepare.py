@@ -6,7 +6,7 @@ Sees the whole recipe. Invariant: what it returns is enough to start training, a
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ import torch
 from qlora_cli.data.dataset import TokenData, load_data
 from qlora_cli.errors import MachineError, ModelError, RecipeError
 from qlora_cli.model.base import load_config, load_tokenizer, meta_model
-from qlora_cli.model.device import Machine, compute_dtype, find_machine
+from qlora_cli.model.device import Machine, compute_dtype, find_machine, free_memory
 from qlora_cli.model.folder import BaseFolder, find_base
 from qlora_cli.recipe.load import DEFAULT, LoadedRecipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.training.optim import paging_note
 from qlora_cli.workflows.events import Emit, Fact, Notice, Stage, size
+from qlora_cli.workflows.fits import Needs, settled
 from qlora_cli.workflows.plan import Plan, check_length, make_plan, shape_of
 from qlora_cli.workflows.storage import check_blocks, check_stored
 
@@ -61,12 +62,24 @@ def prepare(loaded: LoadedRecipe, weights: bool, emit: Emit) -> Prepared:
     emit(Stage(f"reading {recipe.data.train}"))
     data = load_data(recipe.data, tokenizer)
     _check_vocabulary(data, shape.vocabulary, recipe.model.base)
-    ready = Prepared(
-        recipe, machine, dtype, folder, tokenizer, data, make_plan(recipe, shape, data, weights_dtype(recipe, dtype))
-    )
-    for event in header(ready):
+    plan = make_plan(recipe, shape, data, dtype, machine.device.type)
+    needs = settled(Needs(recipe, shape, plan.load, dtype, machine.device.type, free_memory(machine.device)))
+    plan = replace(plan, memory=needs.parts, checkpointing=needs.recipe.train.gradient_checkpointing)
+    ready = Prepared(needs.recipe, machine, dtype, folder, tokenizer, data, plan)
+    for event in header(ready, needs):
         emit(event)
+    check_memory(needs, weights, emit)
     return ready
+
+
+def check_memory(needs: Needs, runs: bool, emit: Emit) -> None:
+    """A run that lacks memory is refused; a dry run says so."""
+    if not needs.lacking:
+        return
+    if runs:
+        raise needs.problem()
+    problem = needs.problem().problems[0]
+    emit(Notice(f"{problem.what}: the run itself would be refused; {problem.fix}"))
 
 
 def _place(loaded: LoadedRecipe, key: str) -> str:
@@ -109,9 +122,9 @@ def _check_world(recipe: Recipe) -> None:
         )
 
 
-def header(ready: Prepared) -> list[Fact | Notice]:
+def header(ready: Prepared, needs: Needs) -> list[Fact | Notice]:
     """The console's header: model, quantization, adapter, data, plan, memory."""
-    recipe, shape, plan = ready.recipe, ready.plan.shape, ready.plan
+    recipe, shape = ready.recipe, ready.plan.shape
     share = 100 * (1 - shape.four_bit / shape.parameters)
     facts: list[Fact | Notice] = [
         Fact("model", f"{recipe.model.base}, {shape.parameters:,} parameters on {ready.machine.name}"),
@@ -119,9 +132,7 @@ def header(ready: Prepared) -> list[Fact | Notice]:
         Fact("lora" if recipe.lora else "train", _trainable(ready)),
         *(Fact("data", line) for line in ready.data.receipt.lines()),
         Fact("plan", _plan_line(ready)),
-        Fact(
-            "memory", f"about {size(plan.memory_bytes)} ({parts(plan.memory)}), estimated, without the program itself"
-        ),
+        Fact("memory", needs.line()),
     ]
     note = paging_note(recipe.train, ready.machine.device)
     return [*facts, *([Notice(note)] if note else [])]
@@ -146,12 +157,21 @@ def _trainable(ready: Prepared) -> str:
 
 def _plan_line(ready: Prepared) -> str:
     plan, train = ready.plan, ready.recipe.train
-    split = f"{train.batch_size} rows a step in micro-batches of {train.micro_batch_size}"
+    rows = train.micro_batch_size
+    many = f"up to {rows * ready.recipe.data.max_length:,} packed tokens" if train.packing else f"{rows} padded rows"
+    split = f"{train.batch_size} rows a step in micro-batches of {many}"
     passes = plan.rows / len(ready.data.train)
     return (
         f"{plan.steps:,} steps, {split}, {plan.rows:,} rows ({passes:.2f} epochs), about {plan.tokens:,} tokens; "
-        f"{train.optimizer}, lr {train.lr:g} {train.schedule}"
+        f"{train.optimizer}, lr {train.lr:g} {train.schedule}; {ACTIVATIONS[train.gradient_checkpointing]}"
     )
+
+
+ACTIVATIONS = {
+    "on": "activations computed again in the backward pass",
+    "off": "activations kept for the backward pass",
+    "offload": "activations computed again, their inputs kept in host memory",
+}
 
 
 def parts(sizes: dict[str, int]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_cli.data.batches import Batching
 from qlora_cli.evaluation.perplexity import EvalResult, evaluate
-from qlora_cli.model.engine import Engine, build_engine
+from qlora_cli.model.engine import Engine, build_engine, plain_engine
 from qlora_cli.model.ranks import Ranks
 from qlora_cli.model.trained import Trained
 from qlora_cli.recipe.schema import Recipe
@@ -22,13 +22,8 @@ from qlora_cli.training.loop import Job
 from qlora_cli.training.optim import build_optimizer
 from qlora_cli.training.rehearsal import rehearse, rehearse_evaluation
 from qlora_cli.workflows.events import Emit, Fact, Notice
-from qlora_cli.workflows.plan import Plan, order_of
+from qlora_cli.workflows.plan import order_of, worth_compiling
 from qlora_cli.workflows.prepare import Prepared
-
-COMPILE_FROM = 2e12
-"""Tokens x parameters of a run that is long enough for compiling to pay: about a minute on two cores, several times
-what compiling takes."""
-
 
 Evaluation = Callable[[], EvalResult]
 """Evaluates the model of a job, as it is, on the held-out rows."""
@@ -37,8 +32,10 @@ Evaluation = Callable[[], EvalResult]
 def start(model: Any, trained: Trained, ready: Prepared, ranks: Ranks, tell: Emit) -> tuple[Job, Evaluation]:
     """The job, and how to evaluate it, both rehearsed. Raises `DeviceMemoryError` with what would fit."""
     recipe, plan = ready.recipe, ready.plan
+    wanted = worth_compiling(recipe, plan.tokens, plan.shape.parameters)
     with memory_guard("trying the engine's parts"):
-        engine = build_engine(model, trained.adapters(), _compiled(recipe, plan))
+        plain = recipe.model.engine == "plain"
+        engine = plain_engine(model) if plain else build_engine(model, trained.adapters(), wanted)
     engine = replace(engine, packs=not ranks.any(not engine.packs))  # all processes divide a step's rows alike
     _tell_engine(engine, recipe, tell)
     parameters = trained.parameters()
@@ -64,10 +61,6 @@ def start(model: Any, trained: Trained, ready: Prepared, ranks: Ranks, tell: Emi
 def batching_of(recipe: Recipe, engine: Engine, rows: int) -> Batching:
     """How the recipe divides rows into micro-batches of `rows`, packed where it says so and the model can."""
     return Batching(rows, recipe.data.max_length, recipe.train.packing and engine.packs)
-
-
-def _compiled(recipe: Recipe, plan: Plan) -> bool:
-    return recipe.model.compile == "auto" and plan.tokens * plan.shape.parameters >= COMPILE_FROM
 
 
 def _tell_engine(engine: Engine, recipe: Recipe, tell: Emit) -> None:

@@ -32,6 +32,7 @@ from qlora_cli.training.loop import StepReport, train_steps
 from qlora_cli.training.metrics import MetricsFile
 from qlora_cli.workflows.card import Outcome, beside
 from qlora_cli.workflows.events import Emit, Evaluated, Event, Fact, Notice, Progress, Saved, Stage, eval_json, size
+from qlora_cli.workflows.fits import Watch, score
 from qlora_cli.workflows.locate import cache_of
 from qlora_cli.workflows.lock import lock
 from qlora_cli.workflows.plan import Plan
@@ -173,13 +174,14 @@ class _Run:
         directory.json("data_receipt.json", ready.data.receipt.as_json())
         directory.json("plan.json", ready.plan.as_json())
         if self.ranks.is_main:
-            directory.json("lock.json", lock(ready))
+            directory.json("lock.json", lock(ready, cache_of(ready.recipe.quantization, self.tell)))
 
     def _load(self) -> tuple[Any, Trained]:
         ready, recipe = self.ready, self.recipe
         self.tell(Stage(f"loading {recipe.model.base}"))
         started = time.perf_counter()
         dtype, device = weights_dtype(recipe, ready.dtype), self.ranks.device
+        self.watch = Watch(device)
         with memory_guard("loading the base model"):
             cache = cache_of(recipe.quantization, self.tell)
             model = load_base(ready.folder, recipe.model, recipe.quantization, dtype, device, cache)
@@ -193,6 +195,7 @@ class _Run:
         held = report(model)
         counts = f"{held.four_bit_parameters:,} of {held.parameters:,} parameters in 4 bits"
         counts += f" ({held.share_not_four_bit:.1%} are not)"
+        counts += f", {held.bits_per_parameter:.3f} bits per parameter" if held.four_bit_parameters else ""
         total = size(held.four_bit_bytes + held.other_bytes)
         self.tell(Fact("loaded", f"{counts}, {total} in all, {seconds:.1f} s"))
 
@@ -278,4 +281,10 @@ class _Run:
             self.directory.status("finished", last.step)
         self.ranks.wait()
         self.tell(Saved(trained.kind, artifact))
+        self._tell_memory()
         return TrainResult(self.directory.path, artifact, last.step, last.loss, held)
+
+    def _tell_memory(self) -> None:
+        plan, measured = self.ready.plan, self.watch.growth()
+        self.directory.json("plan.json", {**plan.as_json(), "measured_memory_bytes": measured})
+        self.tell(Fact("memory", score(plan.memory_bytes, measured)))

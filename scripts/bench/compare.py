@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from child import Finished
@@ -20,15 +21,24 @@ Steps = Sequence[Mapping[str, float]]
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def figures(steps: Steps, finished: Finished, spec: Spec, counts: Mapping[str, int], gemm: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Ran:
+    """A process that trained, and whether it computed activations again in the backward pass."""
+
+    finished: Finished
+    again: bool
+
+
+def figures(steps: Steps, ran: Ran, spec: Spec, counts: Mapping[str, int], gemm: float) -> dict[str, Any]:
     """What the counted steps of one run come to, on a machine of `gemm` FLOP/s."""
     tokens, targets, seconds = (sum(step[key] for step in steps) for key in ("tokens", "targets", "seconds"))
-    work = flop_per_token(Counts(**counts), spec.rank, spec.checkpointing != "off", targets / tokens)
+    work = flop_per_token(Counts(**counts), spec.rank, ran.again, targets / tokens)
     return {
         "tokens_per_second": tokens / seconds,
         "supervised_per_second": targets / seconds,
-        "peak_rss": finished.peak_rss,
-        "excluded_seconds": finished.seconds - seconds,
+        "peak_rss": ran.finished.peak_rss,
+        "excluded_seconds": ran.finished.seconds - seconds,
+        "checkpointing": ran.again,
         "flop_per_token": work,
         "gemm_flops": gemm,
         "limit_tokens_per_second": gemm / work,

@@ -27,8 +27,12 @@ COMMON = {"max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2,
 SHAPES = {
     "tiny": {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     | {"num_attention_heads": 2},
+    "30m": {"vocab_size": 16000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}
+    | {"num_attention_heads": 8, "num_key_value_heads": 4},
     "110m": {"vocab_size": 16000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8}
     | {"num_attention_heads": 16, "num_key_value_heads": 8},
+    "350m": {"vocab_size": 16000, "hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 12}
+    | {"num_attention_heads": 24, "num_key_value_heads": 8},
     "1b": {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
     | {"num_attention_heads": 32, "num_key_value_heads": 4},
     "llama2-7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import child
-from compare import figures
+from compare import Ran, figures
 from limit import gemm
 from ours import train
 from workload import Spec, make
@@ -84,7 +84,7 @@ def measure(point: Point, idle: int, folder: Path, args: argparse.Namespace) -> 
     small = train(folder, [f"train.batch_size={rows * args.accumulation}", f"train.micro_batch_size={rows}", *args.set])
     rate = (before + gemm(folder)) / 2
     shutil.rmtree(folder)
-    counted = (figures(run[0][args.skip :], run[1], whole, facts["counts"], rate) for run in (small, large))
+    counted = (figures(run[0][args.skip :], Ran(*run[1:]), whole, facts["counts"], rate) for run in (small, large))
     return cost(*counted, tokens=rows * point.length, idle=idle)
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import child
-from compare import figures, show, summary
+from compare import Ran, figures, show, summary
 from limit import gemm
 from ours import train
 from workload import Spec, make
@@ -82,14 +82,20 @@ class Place:
         return max(1, round(per_step / (self.spec.micro_batch_size * self.spec.max_length)))
 
 
-def peer(place: Place, python: str) -> tuple[list[dict[str, float]], child.Finished]:
+def ours(place: Place) -> tuple[list[dict[str, float]], Ran]:
+    """Steps and process of `qlora train`."""
+    steps, finished, again = train(place.folder, place.spec.overrides)
+    return steps, Ran(finished, again)
+
+
+def peer(place: Place, python: str) -> tuple[list[dict[str, float]], Ran]:
     """Steps and process of the peer."""
     job, log = place.folder / "job.json", place.folder / "peer.log"
     job.write_text(json.dumps(peer_job(place)), encoding="utf-8")
     finished = child.run([python, HERE / "peer_trl.py", job], log)
     last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1]
     steps: list[dict[str, float]] = json.loads(last)["steps"]
-    return steps, finished
+    return steps, Ran(finished, place.spec.checkpointing != "off")
 
 
 def peer_job(place: Place) -> dict[str, Any]:
@@ -107,7 +113,7 @@ def peer_job(place: Place) -> dict[str, Any]:
         "rank": spec.rank,
         "alpha": spec.alpha,
         "optimizer": spec.optimizer,
-        "checkpointing": spec.checkpointing == "on",
+        "checkpointing": spec.checkpointing != "off",
         "lr": spec.lr,
         "max_grad_norm": spec.max_grad_norm,
         "seed": spec.seed,
@@ -130,12 +136,10 @@ def alternate(place: Place, args: argparse.Namespace) -> dict[str, list[dict[str
     before = gemm(place.folder)
     for turn in range(args.repeat):
         for who in list(runs)[:: -1 if turn % 2 else 1]:
-            steps, finished = (
-                train(place.folder, place.spec.overrides) if who == "ours" else peer(place, args.peer_python)
-            )
+            steps, ran = ours(place) if who == "ours" else peer(place, args.peer_python)
             check_same(who, steps, place)
             after = gemm(place.folder)
-            found = figures(steps[args.skip :], finished, place.spec, place.facts["counts"], (before + after) / 2)
+            found = figures(steps[args.skip :], ran, place.spec, place.facts["counts"], (before + after) / 2)
             found["losses"] = [step["loss"] for step in steps]
             runs[who].append(found)
             before = after
@@ -205,7 +209,8 @@ def arguments() -> argparse.Namespace:
         "--optimizer", choices=["adamw", "adamw_8bit", "paged_adamw_8bit"], help="instead of the case's"
     )
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate: enough for the losses to fall")
-    parser.add_argument("--checkpointing", choices=["on", "off"], default="on")
+    text = "recompute activations, on both sides; auto: ours as it decides by itself, the peer as it does: always"
+    parser.add_argument("--checkpointing", choices=["auto", "on", "off"], default="auto", help=text)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override in our recipe")
     parser.add_argument("--json", action="store_true", help="newline-delimited JSON: each run, then the result")
     parser.add_argument("--out", type=Path, help="write the result as JSON to this file")

@@ -144,7 +144,7 @@ def recipe(spec: Spec, folder: Path) -> dict[str, Any]:
     train |= {"optimizer": spec.optimizer, "lr": spec.lr, "schedule": "constant", "max_grad_norm": spec.max_grad_norm}
     return {
         "model": {"base": str(folder / "base"), "device": "cpu"},
-        "quantization": {"compute_dtype": "bfloat16"},
+        "quantization": {"compute_dtype": "bfloat16", "cache": False},  # a peer has none
         "lora": {"r": spec.rank, "alpha": spec.alpha},
         "data": data,
         "train": train | {"gradient_checkpointing": spec.checkpointing, "seed": spec.seed},

@@ -400,3 +400,14 @@ def test_reading_an_entry_counts_as_using_it(tmp_path: Path) -> None:
     log.cache.load("a", Content)
     assert [entry.name for entry in log.cache.entries()] == ["b", "a"]
     assert (log.cache.bases / "a" / SEAL).stat().st_mtime >= before - 1
+
+
+def test_of_the_processes_of_a_run_only_the_first_keeps_the_base_and_the_others_say_nothing(
+    environment: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert start(base) == [] and not environment.joinpath("bases").exists()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert ["kept in" in event["text"] for event in start(base)] == [True]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert ["read from" in event["text"] for event in start(base)] == [True]

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_cli.cli.app import main
+from qlora_cli.workflows.memory import total
 from tests.conftest import RECIPE, chat_rows, make_llama
 
 Recipe = Callable[..., Path]
@@ -104,7 +105,8 @@ def test_a_dry_run_plans_without_weights_and_writes_nothing(
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert not run.exists()
     assert (plan["steps"], plan["rows"], plan["shape"]["trainable"]) == (6, 24, 8_192)
-    assert plan["memory_bytes"] == sum(plan["memory"].values()) > 0
+    assert plan["memory_bytes"] == total(plan["memory"]) > 0
+    assert plan["checkpointing"] == "off"
     assert plan["memory"]["4-bit weights"] == 73_728 // 2
     assert main(command) == 5, "the same folder cannot train: it has no weights"
 
