@@ -98,8 +98,6 @@ def test_adapters_add_eight_flop_per_rank_and_edge_and_the_head_counts_at_target
 def test_rates_are_sums_over_sums_and_the_rest_of_the_process_is_told_apart() -> None:
     ran = compare.Ran(child.Finished(10.0, 4096), SPEC.checkpointing != "off")
     found = compare.figures(COUNTED, ran, SPEC, COUNTS, gemm=1e6)
-        COUNTED, compare.Ran(child.Finished(10.0, 4096), SPEC.checkpointing != "off"), SPEC, COUNTS, gemm=1e6
-    )
     assert found["tokens_per_second"] == 10.0
     assert found["supervised_per_second"] == 5.0
     assert found["excluded_seconds"] == 6.0

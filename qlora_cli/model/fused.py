@@ -16,7 +16,7 @@ that activation checkpointing, which recomputes up to the last saved tensor, lea
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -25,6 +25,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_cli.model.lora import LoraLinear, computes_in, dropped, frozen_weight, keep_mask
+from qlora_cli.model.nf4 import Desk
+from qlora_cli.model.remake import origin_of
+
+DESK = Desk()
+"""Of all groups: each product is done with its weight before the next is written out."""
 
 
 class Ahead:
@@ -67,19 +72,21 @@ class Group:
 
 def project(layers: Sequence[LoraLinear], x: Tensor) -> tuple[Tensor, ...]:
     """The outputs [..., out_i] of `layers` for their common input [..., in]."""
-    call = _Call(tuple(layers))
+    origin = origin_of(x)
+    call = _Call(tuple(layers), origin.make)
     flat = x.reshape(-1, x.shape[-1])
     factors = [factor for layer in layers for factor in (layer.lora_a, layer.lora_b)]
-    hidden = _Down.apply(call, flat, *factors)
+    hidden = _Down.apply(call, flat, *factors, *origin.sources)
     found: tuple[Tensor, ...] = _Project.apply(call, flat, hidden)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in found)
 
 
 class _Call:
-    """What the two functions of one call share: the layers, and on the way back the gradients of their outputs."""
+    """What the two functions of one call share: the layers, how their input is made of what is saved for it, and on the
+    way back the gradients of their outputs."""
 
-    def __init__(self, layers: tuple[LoraLinear, ...]) -> None:
-        self.layers = layers
+    def __init__(self, layers: tuple[LoraLinear, ...], make: Callable[..., Tensor]) -> None:
+        self.layers, self.make = layers, make
         self.ranks = [layer.lora_a.shape[0] for layer in layers]
         self.shares = [layer.dropout.p if layer.training else 0.0 for layer in layers]
         self.dys: tuple[Tensor, ...] = ()
@@ -100,26 +107,31 @@ class _Call:
 
 
 class _Down(torch.autograd.Function):
-    """h [T, sum of ranks] from x [T, in]."""
+    """h [T, sum of ranks] from x [T, in]. `others` are all A and B, for autograd to know, and x's sources, which are
+    saved in its place."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, *factors: Tensor) -> Tensor:
-        ctx.call = call
+    def forward(ctx: Any, call: _Call, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.call, sources = call, others[2 * len(call.layers) :]
+        ctx.sources = len(sources)
         if not call.drops:
             hidden = x @ call.downs(x.dtype).t()
-            ctx.save_for_backward(x, hidden)
+            ctx.save_for_backward(*sources, hidden)
             return hidden
         masks = [keep_mask(x, share) if share else None for share in call.shares]
-        parts = zip(masks, call.shares, factors[::2], strict=True)
-        hidden = torch.cat([_dropped(x, mask, share) @ a.to(x.dtype).t() for mask, share, a in parts], dim=1)
-        ctx.save_for_backward(x, hidden, *masks)
+        parts = zip(masks, call.shares, call.layers, strict=True)
+        hidden = torch.cat(
+            [_dropped(x, mask, share) @ layer.lora_a.detach().to(x.dtype).t() for mask, share, layer in parts], dim=1
+        )
+        ctx.save_for_backward(*sources, hidden, *masks)
         return hidden
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dhidden: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        x, hidden, *masks = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        x, (hidden, *masks) = call.make(*saved[: ctx.sources]), saved[ctx.sources :]
         ups = _up_gradients(call, hidden)
         if call.drops:
             dx, downs = _dropped_gradients(call, x, masks, dhidden)
@@ -128,7 +140,8 @@ class _Down(torch.autograd.Function):
         call.dys = ()
         factors = [gradient for pair in zip(downs, ups, strict=True) for gradient in pair]
         types = [p.dtype for layer in call.layers for p in (layer.lora_a, layer.lora_b)]
-        return None, dx, *(gradient.to(dtype) for gradient, dtype in zip(factors, types, strict=True))
+        found = (gradient.to(dtype) for gradient, dtype in zip(factors, types, strict=True))
+        return None, dx, *found, *(None for _ in range(ctx.sources))
 
 
 def _up_gradients(call: _Call, hidden: Tensor) -> list[Tensor]:
@@ -161,7 +174,7 @@ class _Project(torch.autograd.Function):
         for layer, h in zip(call.layers, call.split(hidden), strict=True):
             bias: Any = layer.base.bias
             bias = None if bias is None else bias.detach().to(x.dtype)
-            y = torch.nn.functional.linear(x, frozen_weight(layer.base, x.dtype), bias)
+            y = torch.nn.functional.linear(x, frozen_weight(layer.base, x.dtype, DESK), bias)
             found.append(y.addmm_(h, layer.lora_b.detach().to(x.dtype).t(), alpha=layer.scaling))
         return tuple(found)
 
@@ -176,9 +189,9 @@ class _Project(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return None, None, dhidden
         first, *others = pairs
-        dx = first[1] @ frozen_weight(first[0].base, ctx.dtype)
+        dx = first[1] @ frozen_weight(first[0].base, ctx.dtype, DESK)
         for layer, dy in others:
-            dx.addmm_(dy, frozen_weight(layer.base, ctx.dtype))
+            dx.addmm_(dy, frozen_weight(layer.base, ctx.dtype, DESK))
         if not call.drops:
             dx.addmm_(dhidden, call.downs(ctx.dtype))
         return None, dx, dhidden

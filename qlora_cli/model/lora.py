@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.errors import RecipeError
-from qlora_cli.model.nf4 import dequantize, is_four_bit
+from qlora_cli.model.nf4 import Desk, is_four_bit
 from qlora_cli.recipe.schema import LoraSection
 
 
@@ -79,10 +79,10 @@ def dropped(x: Tensor, kept: Tensor, share: float) -> Tensor:
     return torch.where(kept, x * (1 / (1 - share)), 0)
 
 
-def frozen_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """[out, in] a linear layer's weight in `dtype`, dequantised where it is stored in 4 bits."""
+def frozen_weight(base: nn.Module, dtype: torch.dtype, desk: Desk) -> Tensor:
+    """[out, in] a linear layer's weight in `dtype`, dequantised on `desk` where it is stored in 4 bits."""
     if is_four_bit(base):
-        return dequantize(base).to(dtype)
+        return desk.weight(base).to(dtype)
     weight: Any = base.weight
     return (weight.t() if isinstance(base, Conv1D) else weight).detach().to(dtype)
 

@@ -6,8 +6,10 @@ codes and constants that quantisation gave it; nothing repacks or rounds them af
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -66,6 +68,55 @@ def dequantize(layer: Any) -> Tensor:
     """The layer's weight [out, in] in the type it was quantised from, with the state that training uses."""
     state = layer.quant_state if layer.quant_state is not None else layer.weight.quant_state
     return bnb_functional.dequantize_4bit(layer.weight.data, state)
+
+
+class Desk:
+    """Where 4-bit weights are written out one after the other, each over the one before, which must be done with. On a
+    CPU, taking new memory for each costs several times what dequantising does; bitsandbytes' operator always takes it,
+    so its C function is called, if on the first weight it gives the operator's bits."""
+
+    def __init__(self) -> None:
+        self._place = torch.empty(0)
+        self._usable: bool | None = None
+
+    def weight(self, layer: Any) -> Tensor:
+        """`dequantize(layer)`; on a CPU valid until the next call."""
+        state = layer.quant_state if layer.quant_state is not None else layer.weight.quant_state
+        if self._usable is False or layer.weight.device.type != "cpu" or state.blocksize >= 2048 or state.shape[-1] % 2:
+            return dequantize(layer)
+        if self._usable is None:
+            self._usable = _has_c_functions() and torch.equal(self._written(layer, state), dequantize(layer))
+            return self.weight(layer)
+        return self._written(layer, state)
+
+    def _written(self, layer: Any, state: Any) -> Tensor:
+        out, rows, inputs = self._room(state), math.prod(state.shape[:-1]), state.shape[-1]
+        constants, codes = _constants(state), layer.weight.data
+        short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[state.dtype]
+        function = getattr(bnb_functional.lib, f"cdequantize_blockwise_cpu_{state.quant_type}_{short}")
+        pointers = [ctypes.c_void_p(each.data_ptr()) for each in (codes, constants, out)]
+        function(*pointers, *map(ctypes.c_longlong, (state.blocksize, rows, inputs)))
+        return out
+
+    def _room(self, state: Any) -> Tensor:
+        count = math.prod(state.shape)
+        if self._place.dtype != state.dtype or self._place.numel() < count:
+            self._place = torch.empty(count, dtype=state.dtype)
+        return self._place[:count].view(state.shape)
+
+
+def _has_c_functions() -> bool:
+    """Whether bitsandbytes found its compiled library; what stands in for it raises when it is called."""
+    return isinstance(getattr(bnb_functional.lib, "_lib", None), ctypes.CDLL)
+
+
+def _constants(state: Any) -> Tensor:
+    """The quantization constants in float32, theirs undone."""
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb_functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    constants: Tensor = absmax.float()
+    return constants
 
 
 @dataclass(frozen=True)
@@ -202,10 +253,7 @@ def cpu_has_native_bf16() -> bool:
 def scales(layer: Any) -> Tensor:
     """[out, in / blocksize] the constants of a 4-bit layer in float32, whose rows must be whole blocks."""
     state = layer.weight.quant_state
-    absmax = state.absmax
-    if state.nested:
-        absmax = bnb_functional.dequantize_blockwise(absmax, state.state2) + state.offset
-    return absmax.float().view(state.shape[0], -1)
+    return _constants(state).view(state.shape[0], -1)
 
 
 def packed_kernel(layer: Any) -> Any:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_cli.model.remake import remember
+
 Kernel = Callable[..., Any]
 
 
@@ -83,8 +85,9 @@ GATES: dict[str, tuple[Kernel, Kernel]] = {
 
 def rms_norm(kernels: Kernels, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of `x` [..., D] with a frozen `weight` [D]."""
-    result: Tensor = _RmsNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps, kernels)
-    return result.view(x.shape)
+    flat = _flat(x)
+    result: Tensor = _RmsNorm.apply(flat, weight, eps, kernels)
+    return remember(result.view(x.shape), lambda given: kernels.norm[0](given, weight, eps)[0], flat)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -105,8 +108,9 @@ class _RmsNorm(torch.autograd.Function):
 
 def gated(kernels: Kernels, activation: str, gate: Tensor, up: Tensor) -> Tensor:
     """activation(gate) * up; `activation` is a key of `GATES`."""
-    result: Tensor = _Gated.apply(gate, up, kernels.gates[activation])
-    return result
+    forward, backward = kernels.gates[activation]
+    result: Tensor = _Gated.apply(gate, up, (forward, backward))
+    return remember(result, lambda *given: forward(*map(_flat, given)), gate, up)
 
 
 class _Gated(torch.autograd.Function):

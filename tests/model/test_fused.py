@@ -16,15 +16,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from qlora_cli.model import fused
 from qlora_cli.model.adapter import adapter_tensors
 from qlora_cli.model.decode import FastDecoding
 from qlora_cli.model.fused import fuse, project, unfuse
 from qlora_cli.model.lora import LoraLinear, attach, frozen_weight, keep_mask
-from qlora_cli.model.nf4 import cpu_has_native_bf16
+from qlora_cli.model.nf4 import Desk, cpu_has_native_bf16
 from qlora_cli.model.switch import Adapters
 from qlora_cli.recipe.schema import LoraSection
 from tests.conftest import make_llama
@@ -107,7 +107,7 @@ def formula(layers: Sequence[LoraLinear], x: Tensor, leaves: Sequence[Tensor]) -
         share = layer.dropout.p if layer.training else 0
         seen = x * keep_mask(x, share) / (1 - share) if share else x
         base: Any = layer.base
-        y = x @ frozen_weight(base, torch.float64).t() + layer.scaling * (seen @ a.t()) @ b.t()
+        y = x @ frozen_weight(base, torch.float64, Desk()).t() + layer.scaling * (seen @ a.t()) @ b.t()
         found.append(y if base.bias is None else y + base.bias.double())
     return found
 
@@ -314,22 +314,28 @@ def test_no_weight_is_saved_for_the_backward_pass(kind: str, dropout: float) -> 
     assert all(y.shape[1] in {96, 32} for y in outputs)
 
 
-class Dequantised(TorchDispatchMode):
-    """Counts how often each packed weight was dequantised."""
+class Dequantised:
+    """Counts how often each 4-bit layer was dequantised while it is entered."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[int] = Counter()
+        self.counts: Counter[nn.Module] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name().startswith("bitsandbytes::dequantize_4bit"):
-            self.counts[args[0].data_ptr()] += 1
-        return func(*args, **(kwargs or {}))
+    def __enter__(self) -> Dequantised:
+        weight = fused.DESK.weight
+
+        def counting(layer: Any) -> Tensor:
+            self.counts[layer] += 1
+            return weight(layer)
+
+        fused.DESK.weight = counting  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del fused.DESK.weight
 
     def of(self, layer: LoraLinear) -> int:
         """The count of one layer."""
-        base: Any = layer.base
-        return self.counts[base.weight.data.data_ptr()]
+        return self.counts[layer.base]
 
 
 class Mlp(nn.Module):
@@ -510,8 +516,8 @@ def test_faster_decoding_of_fused_layers_is_that_of_plain_ones(base: Path) -> No
     model, layers = adapted(base, BF16)
     model.eval()
     found = []
-    for fused in (False, True):
-        if fused:
+    for grouped in (False, True):
+        if grouped:
             assert fuse(model, list(layers.values()), INPUTS) == 14
         decoding = FastDecoding(model)
         decoding.find_adapters()
