@@ -28,7 +28,7 @@ def shorten(model: nn.Module, kernels: Kernels) -> tuple[int, int]:
     has replaced already stays."""
     free = [module for module in model.modules() if "forward" not in module.__dict__]
     norms = {module: found for module in free if (found := _norm_of(module)) is not None}
-    mlps = {module: name for module in free if (name := _gate_of(module)) is not None}
+    mlps = {module: name for module in free if (name := gate_of(module)) is not None}
     for module, (weight, eps) in norms.items():
         module.forward = partial(_norm, kernels, weight, eps)
     for module, name in mlps.items():
@@ -88,7 +88,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 assert ACTIVATIONS.keys() == GATES.keys()
 
 
-def _gate_of(module: Any) -> str | None:
+def gate_of(module: Any) -> str | None:
     """The activation of a module that computes down(activation(gate(x)) * up(x)); None for others. A copy whose three
     layers are the identity decides."""
     layers = ("gate_proj", "up_proj", "down_proj")

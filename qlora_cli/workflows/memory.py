@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from qlora_cli.data.dataset import TokenData
 from qlora_cli.model.attention_math import KEPT_KEYS, QUERIES
 from qlora_cli.model.head import chunk_rows
 from qlora_cli.model.lora import linear_layers, linear_shape
+from qlora_cli.model.shortcuts import gate_of
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.training.optim import STATE_BYTES
 
@@ -103,6 +104,7 @@ class Load:
 def block_of(skeleton: Any, adapted: Mapping[str, Any]) -> Block:
     """Counts the linear layers of each decoder layer: outputs are kept by what reads them, and inputs by the layers
     that share them."""
+    gated = {name for name, module in skeleton.named_modules() if gate_of(module) is not None}
     inside: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
     for name, layer in linear_layers(skeleton).items():
         found = re.match(r".*?\.\d+(?=\.)", name)
@@ -110,7 +112,7 @@ def block_of(skeleton: Any, adapted: Mapping[str, Any]) -> Block:
     text = skeleton.config.get_text_config()
     blocks = [
         Block(
-            saved=sum(out for out, _ in shapes.values()) + _inputs(shapes),
+            saved=sum(out for out, _ in shapes.values()) + (_inputs(shapes) if not gated else _made(shapes, gated)),
             wide=max(max(shape) for shape in shapes.values()),
             weights=sum(out * in_ for out, in_ in shapes.values()),
             adapters=sum(name in adapted for name in shapes),
@@ -128,6 +130,12 @@ def _inputs(shapes: Mapping[str, tuple[int, int]]) -> int:
     for name, (_, in_) in shapes.items():
         parents[name.rpartition(".")[0]].append(in_)
     return sum(sum(set(each)) * (2 if len(each) > 1 and len(set(each)) == 1 else 1) for each in parents.values())
+
+
+def _made(shapes: Mapping[str, tuple[int, int]], gated: Collection[str]) -> int:
+    """The same where norms and gated products are made again: of each other parent, what its last layer reads."""
+    last = {name.rpartition(".")[0]: in_ for name, (_, in_) in shapes.items()}
+    return sum(in_ for parent, in_ in last.items() if parent not in gated)
 
 
 def load_of(recipe: Recipe, data: TokenData, order: Order, steps: int, rows: int) -> Load:

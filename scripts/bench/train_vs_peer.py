@@ -7,8 +7,8 @@ that both start from are made by `workload.py`; both train on the same ids and t
 optimizer and learning rate. Each run is a process of its own, in turn; before and after each the machine's matrix
 products are timed. Cases:
 
-- padded: chat rows of at most 512 tokens, 16 a step; TRL pads micro-batches of 4, ours packs to 1,024 tokens. Rows come in the same order, so the
-  losses must agree step by step.
+- padded: chat rows of at most 512 tokens, 16 a step; TRL pads micro-batches of 4, ours packs to 1,024 tokens. Rows come
+  in the same order, so the losses must agree step by step.
 - packed: at most 1,024 tokens; TRL packs to 1,024, one pack at a time (its mask is dense: more would be slower), and
   so groups other rows into its steps: only levels compare.
 - fixed: 4 full rows of 512 tokens a step, every token a target, 8-bit optimizer, rank 64; transformers' trainer.

@@ -157,7 +157,7 @@ def key(base: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", **s
     """Of a base under settings."""
     folder = find_base(str(base), None)
     values = (QuantizationSection(**section), dtype, torch.device(device), "auto")
-    return Wanted(folder, load_config(folder), *values).key(Cache(base / "none", GB, print, print))
+    return Wanted(folder, load_config(folder), *values).key(Cache(base.parent / "no-cache", GB, print, print))
 
 
 def test_every_setting_that_decides_a_bit_has_a_key_of_its_own(base: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from qlora_cli.model.base import load_base, load_config, meta_model, report
 from qlora_cli.model.folder import find_base
-from qlora_cli.model.nf4 import dequantize, four_bit_layers, is_four_bit
+from qlora_cli.model.nf4 import Desk, dequantize, four_bit_layers, is_four_bit
 from qlora_cli.model.quantizer import four_bit_skeleton
 from qlora_cli.recipe.schema import ModelSection, QuantizationSection
 from tests.conftest import make_llama
@@ -97,3 +97,28 @@ def held_nested_bytes(four_bit: int) -> int:
     shapes = [64 * 64, 32 * 64, 32 * 64, 64 * 64, 64 * 128, 64 * 128, 128 * 64] * 2
     assert sum(shapes) == four_bit
     return sum(4 * -(-(count // 64) // 256) for count in shapes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+def test_a_desk_writes_out_the_bits_of_dequantising_each_over_the_one_before(
+    base: Path, dtype: torch.dtype, kind: str, double: bool
+) -> None:
+    layers = list(four_bit_layers(load(base, dtype, type=kind, double_quant=double)).values())
+    assert {tuple(layer.quant_state.shape) for layer in layers} == {(64, 64), (32, 64), (128, 64), (64, 128)}
+    desk, places = Desk(), set()
+    for layer in [*layers, *reversed(layers)]:
+        weight = desk.weight(layer)
+        assert torch.equal(weight, dequantize(layer))
+        places.add(weight.data_ptr())
+    assert len(places) <= 3, "a place is only taken anew for a larger weight"
+
+
+def test_a_desk_leaves_to_bitsandbytes_what_its_c_function_gets_wrong(base: Path) -> None:
+    layers = list(four_bit_layers(load(base, blocksize=2048)).values())
+    desk = Desk()
+    for layer in layers:
+        weight = desk.weight(layer)
+        desk.weight(layers[0])
+        assert torch.equal(weight, dequantize(layer)), "it must not be on the desk"

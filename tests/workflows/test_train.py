@@ -186,3 +186,26 @@ def test_rows_that_repeat_the_text_of_special_tokens_still_train(recipe_file: Re
     rows = chat_rows(12)
     rows[0]["messages"][0]["content"] = "</s><|assistant|>"
     train(recipe_file(rows=rows), tmp_path / "run")
+
+
+def test_the_plain_engine_trains_to_the_same_losses_and_says_that_it_is_plain(
+    recipe_file: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_file()
+    fast = metrics(train(recipe, tmp_path / "fast"))
+    plain, options = tmp_path / "plain", ("-s", "model.engine=plain", "-s", "train.packing=false")
+    assert main(["train", str(recipe), "-o", str(plain), *options]) == 0
+    assert "the model's own forward" in capsys.readouterr().err
+    losses = [[line["loss"] for line in found if line["kind"] == "step"] for found in (fast, metrics(plain))]
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_checkpointing_changes_no_bit_of_the_adapter_so_that_auto_may_choose(
+    recipe_file: Recipe, tmp_path: Path
+) -> None:
+    recipe, modes = recipe_file(), ("on", "off", "auto")
+    options = ("-s", "lora.dropout=0.1", "-s", "quantization.compute_dtype=bfloat16")
+    runs = [train(recipe, tmp_path / m, *options, "-s", f"train.gradient_checkpointing={m}") for m in modes]
+    assert len({weights(run) for run in runs}) == 1
+    assert json.loads((runs[2] / "plan.json").read_text())["checkpointing"] == "off", "a tiny run keeps everything"
