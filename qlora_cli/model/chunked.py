@@ -70,7 +70,7 @@ def chunked_loss(model: Any, inputs: Mapping[str, Any], targets: Tensor, labels:
         return reason
     loss = ChunkedLoss(model)
     found = difference(model, loss, inputs, targets, labels)
-    if found > TOLERANCE.get(loss.head.dtype(), 1e-2):
+    if not found <= TOLERANCE.get(loss.head.dtype(), 1e-2):
         return f"its own loss differs from the chunked one (by {found:.2g})"
     return loss
 

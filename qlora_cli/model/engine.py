@@ -22,9 +22,10 @@ from qlora_cli.model.compiler import keep_compiled, why_no_compiler
 from qlora_cli.model.fused import fuse, unfuse
 from qlora_cli.model.lora import LoraLinear
 from qlora_cli.model.loss import LossSum, plain_loss
-from qlora_cli.model.packing import DECLINED, find_packing
+from qlora_cli.model.packing import find_packing
 from qlora_cli.model.pointwise import Kernels
 from qlora_cli.model.shortcuts import restore, shorten
+from qlora_cli.model.trial import DECLINED, in_mode, in_words
 
 PACKED = "packed rows"
 PROBE = (2, 16)
@@ -68,7 +69,7 @@ class Engine:
 
 def plain_engine(model: Any) -> Engine:
     """The slow twin: the model's own forward and loss, rows padded."""
-    return Engine(partial(plain_loss, model), False, ())
+    return Engine(partial(plain_loss, model), False, (Part(PACKED, False, "model.engine is plain"),))
 
 
 def build_engine(model: Any, layers: Sequence[LoraLinear], compiled: bool) -> Engine:
@@ -76,7 +77,8 @@ def build_engine(model: Any, layers: Sequence[LoraLinear], compiled: bool) -> En
     when nothing is trained or everything, the loss and packing alone. `compiled`: the pointwise parts are to be
     compiled, where there is a compiler."""
     parts, seconds = list[Part](), 0.0
-    with _trying(model):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), in_mode(model, training=True):
         probe = _Probe.of(model, layers)
         if layers:
             pointwise, seconds = _pointwise(probe, compiled)
@@ -84,19 +86,6 @@ def build_engine(model: Any, layers: Sequence[LoraLinear], compiled: bool) -> En
         loss, chunked = _loss(probe)
         packed = _packed(probe)
     return Engine(loss, packed.used, (packed, chunked, *parts), seconds)
-
-
-@contextmanager
-def _trying(model: Any) -> Iterator[None]:
-    """Training mode; afterwards every module's own mode and the random state are what they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        model.train()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 @contextmanager
@@ -148,7 +137,7 @@ class _Probe:
         try:
             found = _difference(self.measure(), self.gradient)
         except DECLINED as error:
-            return _words(error)
+            return in_words(error)
         allowed = TOLERANCE.get(self.model.dtype, TOLERANCE_16_BIT)
         return "" if found <= allowed else f"gradients differ by {found:.1%}"
 
@@ -194,12 +183,6 @@ def _shortened(probe: _Probe, kernels: Kernels, how: str) -> Part:
     return Part(name, True, f"{norms} norms and {gates} gated activations {how}")
 
 
-def _words(error: Exception) -> str:
-    """Its type and first line, in at most 120 letters."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}"[:120]
-
-
 def _packed(probe: _Probe) -> Part:
     found = find_packing(probe.model, probe.vocabulary)
     if found.attention is None:
@@ -212,7 +195,7 @@ def _loss(probe: _Probe) -> tuple[LossSum, Part]:
     try:
         found = chunked_loss(probe.model, probe.inputs, probe.targets, probe.labels)
     except DECLINED as error:
-        found = _words(error)
+        found = in_words(error)
     if isinstance(found, str):
         return partial(plain_loss, probe.model), Part("chunked loss", False, found)
     return found, Part("chunked loss", True, "loss at target tokens in chunks")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.model.segments import ATTENTION, using_attention
+from qlora_cli.model.trial import DECLINED, in_mode, in_words
 
 LENGTHS = (19, 32)
 """Of the two rows of the check."""
@@ -25,8 +26,6 @@ WINDOWS = ("sliding_window", "attention_chunk_size")
 TOLERANCE, TOLERANCE_16_BIT = 1e-3, 0.1
 """Relative difference of hidden states; gradients may differ by three times as much. It is for wrong formulas only:
 a leak from row to row shows in a gradient that must be zero to the bit."""
-DECLINED = (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError)
-"""What models raise that do not take another attention, row borders or positions."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,11 @@ def _sixteen_bit(model: nn.Module) -> bool:
 def why_not_packed(model: Any, attention: str, vocabulary: int) -> str:
     """Empty where packed rows equal rows apart, which the model computes with its own attention."""
     try:
-        with _at_rest(model), _small_windows(model), torch.enable_grad():
+        # without dropout nothing draws, without checkpointing gradients can be asked for by name
+        with in_mode(model, training=False), _small_windows(model), torch.enable_grad():
             return _compare(model, attention, vocabulary)
     except DECLINED as error:
-        first = next(iter(str(error).strip().splitlines()), "")
-        return f"{type(error).__name__}: {first}"[:120]
+        return in_words(error)
 
 
 def _compare(model: Any, attention: str, vocabulary: int) -> str:
@@ -118,18 +117,6 @@ def packed_arguments(lengths: tuple[int, ...], device: torch.device) -> dict[str
 def _decode(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
     hidden: Tensor = model.get_decoder()(input_ids=ids, use_cache=False, **arguments).last_hidden_state
     return hidden
-
-
-@contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode: without dropout nothing draws, without checkpointing gradients can be asked for by name."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -195,7 +195,11 @@ def test_the_plain_engine_trains_to_the_same_losses_and_says_that_it_is_plain(
     fast = metrics(train(recipe, tmp_path / "fast"))
     plain, options = tmp_path / "plain", ("-s", "model.engine=plain", "-s", "train.packing=false")
     assert main(["train", str(recipe), "-o", str(plain), *options]) == 0
-    assert "the model's own forward" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the model's own forward" in said
+    assert "without packed rows" not in said, "nobody asked for them"
+    assert main(["train", str(recipe), "-o", str(tmp_path / "padded"), *options[:2]]) == 0
+    assert "note: without packed rows: model.engine is plain" in capsys.readouterr().err
     losses = [[line["loss"] for line in found if line["kind"] == "step"] for found in (fast, metrics(plain))]
     assert len(losses[0]) == 6
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
