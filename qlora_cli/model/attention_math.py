@@ -62,9 +62,9 @@ class _Attend(torch.autograd.Function):
         with _exact_products(q):
             for row in _rows(lengths):
                 queries, keys, values = (_heads_first(x[row], k.shape[1]) for x in (q, k, v))
-                wide = _wide(keys)
+                desk = _Desk(keys, queries.shape[1] // keys.shape[1])
                 for block in _blocks(keys.shape[1], rule.window):
-                    p = _probabilities(_part(queries, block, keys), wide, block, rule, sinks)
+                    p = _probabilities(_part(queries, block, keys), desk, block, rule, sinks)
                     kept.append(p if block.last - block.start <= KEPT_KEYS else None)
                     _write(out[row], p @ values[:, block.start : block.last], block)
         ctx.save_for_backward(q, k, v, sinks, *kept)
@@ -96,20 +96,20 @@ def _backward_row(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of a row's keys (but for the scaling) and values; those of queries and sinks go into `outputs`."""
     queries, keys, values, grads = inputs
-    wide = _wide(keys)
-    dkeys, dvalues = torch.zeros_like(wide), torch.zeros_like(values, dtype=wide.dtype)
+    desk = _Desk(keys, queries.shape[1] // keys.shape[1])
+    dkeys, dvalues = torch.zeros_like(desk.keys), torch.zeros_like(values, dtype=desk.keys.dtype)
     for block in _blocks(keys.shape[1], rule.window):
         seen = slice(block.start, block.last)
         part, grad = _part(queries, block, keys), _part(grads, block, keys)
         p = next(kept)
-        p = _probabilities(part, wide, block, rule, sinks) if p is None else p
+        p = _probabilities(part, desk, block, rule, sinks) if p is None else p
         dp = grad @ values[:, seen].mT
         # softmax backward: p * (dp - sum(p * dp)); a sink only makes the p of a query sum to less than one
         ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
         if outputs[1] is not None:
             _add_sinks(outputs[1], p, dp)
         if rule.softcap is not None:
-            bent = _scores(part, wide, block, rule.scaling / rule.softcap).tanh_()
+            bent = desk.scores(part, block, rule.scaling / rule.softcap).tanh_()
             ds = ds.mul_(1 - bent.square_())
         dvalues[:, seen] += p.mT @ grad
         dkeys[:, seen] += ds.mT @ part
@@ -157,33 +157,45 @@ def _write(target: Tensor, values: Tensor, block: Block) -> None:
     into.copy_(heads[: len(into)])
 
 
-def _scores(part: Tensor, wide: Tensor, block: Block, factor: float) -> Tensor:
-    return torch.bmm(_wide(part), wide[:, block.start : block.last].mT).mul_(factor)
+class _Desk:
+    """A row's keys in the type of scores, and where the scores of one block after the other are written: memory that
+    is new each time costs as much as a pass over it."""
 
+    def __init__(self, keys: Tensor, groups: int) -> None:
+        self.keys = _wide(keys)
+        most = keys.shape[0] * min(QUERIES, keys.shape[1]) * groups * keys.shape[1]
+        self._place = self.keys.new_empty(most)
+        self.later = self.keys.new_full((QUERIES, QUERIES), float("-inf")).triu_(1).unsqueeze(1)
 
-def _probabilities(part: Tensor, wide: Tensor, block: Block, rule: Rule, sinks: Tensor | None) -> Tensor:
-    """[KV, b G, n] in the type of `part`. Padded keys come last, so the causal mask hides them from true queries."""
-    if rule.softcap is None:
-        scores = _scores(part, wide, block, rule.scaling)
-    else:
-        scores = _scores(part, wide, block, rule.scaling / rule.softcap).tanh_().mul_(rule.softcap)
-    by_query = scores.unflatten(1, (block.last - block.first, -1))
-    _hide(by_query, block, rule.window)
-    if sinks is None:
-        return torch.softmax(scores, -1).to(part.dtype)
-    column = sinks.to(scores.dtype).view(len(scores), 1, -1, 1).expand(*by_query.shape[:3], 1)
-    return torch.softmax(torch.cat([by_query, column], -1), -1)[..., :-1].flatten(1, 2).to(part.dtype).contiguous()
+    def scores(self, part: Tensor, block: Block, factor: float) -> Tensor:
+        """[KV, b G, n] the products of a block's queries and keys times `factor`; valid until the next call."""
+        keys = self.keys[:, block.start : block.last].mT
+        out = self._place[: part.shape[0] * part.shape[1] * keys.shape[2]].view(*part.shape[:2], -1)
+        return torch.baddbmm(out, _wide(part), keys, beta=0, alpha=factor, out=out)
 
-
-def _hide(scores: Tensor, block: Block, window: int | None) -> None:
-    """-inf where the key [.., n] comes after the query [:, b] or `window` or more positions before it."""
-    queries = torch.arange(block.first, block.last, device=scores.device)[:, None, None]
-    if window is None:
-        keys = torch.arange(block.first, block.last, device=scores.device)
-        scores[..., block.first - block.start :].masked_fill_(keys > queries, float("-inf"))
-    else:
+    def hide(self, scores: Tensor, block: Block, window: int | None) -> None:
+        """-inf where the key [.., n] comes after the query [:, b] or `window` or more positions before it."""
+        if window is None:
+            count = block.last - block.first
+            scores[..., block.first - block.start :] += self.later[:count, :, :count]
+            return
+        queries = torch.arange(block.first, block.last, device=scores.device)[:, None, None]
         keys = torch.arange(block.start, block.last, device=scores.device)
         scores.masked_fill_((keys > queries) | (keys <= queries - window), float("-inf"))
+
+
+def _probabilities(part: Tensor, desk: _Desk, block: Block, rule: Rule, sinks: Tensor | None) -> Tensor:
+    """[KV, b G, n] in the type of `part`. Padded keys come last, so the causal mask hides them from true queries."""
+    if rule.softcap is None:
+        scores = desk.scores(part, block, rule.scaling)
+    else:
+        scores = desk.scores(part, block, rule.scaling / rule.softcap).tanh_().mul_(rule.softcap)
+    by_query = scores.unflatten(1, (block.last - block.first, -1))
+    desk.hide(by_query, block, rule.window)
+    if sinks is None:
+        return torch.softmax(scores, -1, out=scores).to(part.dtype, copy=True)
+    column = sinks.to(scores.dtype).view(len(scores), 1, -1, 1).expand(*by_query.shape[:3], 1)
+    return torch.softmax(torch.cat([by_query, column], -1), -1)[..., :-1].flatten(1, 2).to(part.dtype).contiguous()
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -31,8 +31,9 @@ SCALES = {
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """What Gemma, RecurrentGemma and xLSTM call the bound of their logits."""
 CHUNKS = {"cpu": (2**25, 256), "cuda": (2**27, 1024)}
-"""Bytes of float32 logits, and rows, that a chunk should not exceed. It takes half as many bytes again where the model
-computes in 16 bits, and as many once more with a soft cap. More rows are slower on a CPU: they leave its cache."""
+"""Bytes of logits in float32, and rows, that a chunk should not exceed: it is multiplied at once."""
+ROWS_AT_ONCE = {"cpu": 16}
+"""Of a chunk, in float32: so few that they stay in a CPU's cache from their softmax to their gradient."""
 FEWEST_ROWS = 128
 """With fewer, reading the weight costs more than multiplying with it."""
 
@@ -66,6 +67,12 @@ def chunk_rows(vocabulary: int, device: str) -> int:
     most_bytes, most_rows = CHUNKS.get(device, CHUNKS["cpu"])
     affordable = most_bytes // (4 * vocabulary) // ROUND_TO * ROUND_TO
     return min(most_rows, max(FEWEST_ROWS, affordable))
+
+
+def chunk_bytes(rows: int, vocabulary: int, itemsize: int, capped: bool, device: str) -> int:
+    """What a chunk of `rows` takes, where the model computes in a type of `itemsize` bytes."""
+    at_once = min(rows, ROWS_AT_ONCE.get(device, rows))
+    return vocabulary * (rows * itemsize + at_once * (8 if capped else 4))
 
 
 def _number(config: Any, name: str) -> float | None:
@@ -128,8 +135,8 @@ class _Chunks:
         self._weight = head.layer.weight.detach().to(hidden.dtype)
         self._bias = None if head.layer.bias is None else head.layer.bias.detach().to(hidden.dtype)
         self._product = hidden.new_empty(rows, len(self._weight))
-        same = hidden.dtype == torch.float32
-        self._logits = self._product if same else torch.empty_like(self._product, dtype=torch.float32)
+        at_once = min(rows, ROWS_AT_ONCE.get(hidden.device.type, rows))
+        self._logits = torch.empty_like(self._product[:at_once], dtype=torch.float32)
         self.slope = torch.empty_like(hidden) if wanted else None
 
     def parts(self, count: int) -> list[slice]:
@@ -138,16 +145,24 @@ class _Chunks:
 
     def losses(self, part: slice, labels: Tensor) -> Tensor:
         """[rows of the chunk] float32; where they are wanted, their gradients go into `slope`."""
-        product, logits, labels = self._product[: len(labels)], self._logits[: len(labels)], labels.unsqueeze(1)
+        product = self._product[: len(labels)]
         self._multiply(self._hidden[part], product)
+        pieces = zip(product.split(len(self._logits)), labels.split(len(self._logits)), strict=True)
+        found = torch.cat([self._losses(*piece) for piece in pieces])
+        if self.slope is not None:
+            torch.mm(product, self._weight, out=self.slope[part])
+            self.slope[part].mul_(self._head.scale)
+        return found
+
+    def _losses(self, product: Tensor, labels: Tensor) -> Tensor:
+        """Losses of a few rows, whose gradients with respect to `product` are written over it."""
+        logits, labels = self._logits[: len(labels)], labels.unsqueeze(1)
         bend = self._shape(product)
         torch.log_softmax(logits.copy_(product), -1, out=logits)
         found = logits.gather(1, labels)
         if self.slope is not None:
             logits.exp_().scatter_(1, labels, found.expm1())  # softmax, less one at the label
             product.copy_(logits if bend is None else logits.mul_(bend))
-            torch.mm(product, self._weight, out=self.slope[part])
-            self.slope[part].mul_(self._head.scale)
         return -found.squeeze(1)
 
     def _multiply(self, hidden: Tensor, out: Tensor) -> None:

@@ -22,8 +22,16 @@ from torch import Tensor, nn
 # is the repacking which `keep_packed_format` turns off, so the advice would be wrong here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-import bitsandbytes as bnb  # noqa: E402
-import bitsandbytes.functional as bnb_functional  # noqa: E402
+# It also has its CPU optimizers compiled at first use, and runs them as they stand where that fails. Shapes and steps
+# change too often for it to last, two runs may then round differently, and the compiler takes seconds and 40 MB.
+_compile = torch.compile
+torch.compile = None  # type: ignore[assignment]
+try:
+    import bitsandbytes as bnb
+    import bitsandbytes.functional as bnb_functional
+finally:
+    torch.compile = _compile
+
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 from qlora_cli.model.chunks import by_chunks  # noqa: E402

@@ -9,10 +9,11 @@ Each is one step of automatic differentiation that saves its inputs alone, where
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora_cli.model.remake import remember
@@ -34,53 +35,40 @@ def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tenso
     return (scale * (inner - wide * (inner * wide).mean(-1, keepdim=True))).to(x.dtype)
 
 
-def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202)."""
-    wide = gate.float()
-    return (wide * torch.sigmoid(wide) * up.float()).to(gate.dtype)
+def gate_forward(activation: Kernel, gate: Tensor, up: Tensor) -> Tensor:
+    """activation(gate) * up (Shazeer 2020, arXiv:2002.05202)."""
+    result: Tensor = activation(gate) * up
+    return result
 
 
-def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def gate_backward(activation: Kernel, backward: Kernel, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """(dgate, dup)."""
-    wide, grad = gate.float(), dy.float()
-    share = torch.sigmoid(wide)
-    silu = wide * share
-    return (grad * up.float() * (share + silu * (1 - share))).to(gate.dtype), (grad * silu).to(up.dtype)
+    return backward(dy * up, gate), dy * activation(gate)
 
 
-_GELU, _CUBE = 0.7978845608028654, 0.044715  # sqrt(2 / pi); Hendrycks and Gimpel 2016, arXiv:1606.08415
-
-
-def geglu_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) * up, gelu by its tanh approximation."""
-    wide = gate.float()
-    bent = torch.tanh(_GELU * (wide + _CUBE * wide.pow(3)))
-    return (0.5 * wide * (1 + bent) * up.float()).to(gate.dtype)
-
-
-def geglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """(dgate, dup)."""
-    wide, grad = gate.float(), dy.float()
-    bent = torch.tanh(_GELU * (wide + _CUBE * wide.pow(3)))
-    slope = 0.5 * (1 + bent) + 0.5 * wide * (1 - bent * bent) * _GELU * (1 + 3 * _CUBE * wide * wide)
-    return (grad * up.float() * slope).to(gate.dtype), (grad * 0.5 * wide * (1 + bent)).to(up.dtype)
+GATES: dict[str, tuple[Kernel, Kernel]] = {
+    "silu": (nn.functional.silu, torch.ops.aten.silu_backward),
+    "gelu_tanh": (
+        partial(nn.functional.gelu, approximate="tanh"),
+        partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    ),
+}
+"""Activations, each with its backward pass: (gradient of its result, its input) -> gradient of its input."""
 
 
 class Kernels:
     """The functions above, as they stand or compiled."""
 
     def __init__(self, compiled: bool) -> None:
-        def kernel(function: Kernel) -> Kernel:
-            return torch.compile(function, dynamic=True) if compiled else function
+        def kernel(function: Kernel, *first: Kernel) -> Kernel:
+            given = partial(function, *first)
+            return torch.compile(given, dynamic=True) if compiled else given
 
         self.norm = (kernel(norm_forward), kernel(norm_backward))
-        self.gates = {name: (kernel(forward), kernel(backward)) for name, (forward, backward) in GATES.items()}
-
-
-GATES: dict[str, tuple[Kernel, Kernel]] = {
-    "silu": (swiglu_forward, swiglu_backward),
-    "gelu_tanh": (geglu_forward, geglu_backward),
-}
+        self.gates = {
+            name: (kernel(gate_forward, activation), kernel(gate_backward, activation, backward))
+            for name, (activation, backward) in GATES.items()
+        }
 
 
 def rms_norm(kernels: Kernels, x: Tensor, weight: Tensor, eps: float) -> Tensor:

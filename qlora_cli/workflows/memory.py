@@ -23,7 +23,7 @@ import torch
 from qlora_cli.data.batches import WIDTH_MULTIPLE, Batching, Order, round_up
 from qlora_cli.data.dataset import TokenData
 from qlora_cli.model.attention_math import KEPT_KEYS, QUERIES
-from qlora_cli.model.head import chunk_rows
+from qlora_cli.model.head import chunk_bytes, chunk_rows
 from qlora_cli.model.lora import linear_layers, linear_shape
 from qlora_cli.model.shortcuts import gate_of
 from qlora_cli.recipe.schema import Recipe
@@ -35,12 +35,11 @@ PROGRAM = "libraries"
 SLACK = "allocator slack"
 MOST_STEPS, FIRST = 1000, 50
 """Steps looked at for the largest micro-batch, and for how many widths occur."""
-POINTWISE = 7
-"""float32 values per element that a gated activation's backward pass holds at its peak: see
-`pointwise.swiglu_backward`, evaluated step by step."""
 STARTED = 55_000_000
 """CPU: code and tables of libraries that the first step brings in (bitsandbytes, oneDNN, OpenMP), and kernels for
 the engine's probe. Measured: growth of the heap in use (mallinfo2) and of file pages over `build_engine`."""
+COMPILER = 50_000_000
+"""CPU: torch's compiler, and what it compiled. Measured: peak of one recipe with and without."""
 KERNEL, MOST_KERNELS = 250_000, 1024
 """CPU: what oneDNN keeps for each shape of a product, and for how many of them. Measured: heap in use after each step;
 with oneDNN's cache switched off (ONEDNN_PRIMITIVE_CACHE_CAPACITY=0) it stays where it was."""
@@ -88,8 +87,7 @@ class Shape:
 class Load:
     """What is computed at once: positions and longest row of the largest micro-batch in training and in evaluation (0:
     there is none), the share of positions that carry loss, and how many widths of micro-batches and of rows occur (in
-    multiples of `WIDTH_MULTIPLE`, in the first steps). `compiled`: norms and gated activations are, and their
-    float32 values are then never whole in memory."""
+    multiples of `WIDTH_MULTIPLE`, in the first steps). `compiled`: norms and gated activations are."""
 
     tokens: int
     longest: int
@@ -162,7 +160,7 @@ def plan_memory(recipe: Recipe, shape: Shape, load: Load, dtype: torch.dtype, de
     needed = {**held, **_activations(recipe, shape, load, dtype, device)}
     if device == "cpu":
         kernels = min(MOST_KERNELS, PER_WIDTH * load.widths + PER_ROW * load.row_widths)
-        needed[PROGRAM] = STARTED + KERNEL * kernels
+        needed[PROGRAM] = STARTED + KERNEL * kernels + (COMPILER if load.compiled else 0)
         needed[SLACK] = _slack(shape, load, dtype.itemsize)
     return needed
 
@@ -209,8 +207,7 @@ def _activations(recipe: Recipe, shape: Shape, load: Load, dtype: torch.dtype, d
     width, mode = dtype.itemsize, recipe.train.gradient_checkpointing
     inputs = load.tokens * shape.hidden * width * (shape.layers + 1)
     kept = _kept(recipe, shape.block, load.tokens, load.longest, width, device)
-    pointwise = 0 if load.compiled else POINTWISE
-    at_work = kept + load.tokens * shape.block.wide * (4 * pointwise + 3 * width) + 2 * shape.largest * width
+    at_work = kept + load.tokens * shape.block.wide * 4 * width + 2 * shape.largest * width
     saved = {
         "auto": inputs,
         "on": inputs,
@@ -218,7 +215,7 @@ def _activations(recipe: Recipe, shape: Shape, load: Load, dtype: torch.dtype, d
         "off": kept * shape.layers,
     }[mode]
     evaluated = _kept(recipe, shape.block, load.eval_tokens, load.eval_longest, width, device)
-    evaluated += load.eval_tokens * shape.block.wide * (2 * pointwise + 2 * width) + 2 * shape.largest * width
+    evaluated += load.eval_tokens * shape.block.wide * 3 * width + 2 * shape.largest * width
     return {
         "layer inputs": saved,
         "one layer at work": at_work if mode != "off" else at_work - kept,
@@ -239,5 +236,5 @@ def _loss(shape: Shape, tokens: int, targets: float, width: int, device: str) ->
     """Buffers of `head._Chunks`, and hidden states at targets with their gradient."""
     found = round(tokens * targets)
     rows = min(chunk_rows(shape.vocabulary, device), found + 64)
-    per_logit = 4 + (width if width < 4 else 0) + (4 if shape.soft_cap else 0)
-    return rows * shape.vocabulary * per_logit + 3 * found * shape.hidden * width
+    logits = chunk_bytes(rows, shape.vocabulary, width, shape.soft_cap, device)
+    return logits + 3 * found * shape.hidden * width

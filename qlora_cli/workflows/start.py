@@ -32,7 +32,7 @@ Evaluation = Callable[[], EvalResult]
 def start(model: Any, trained: Trained, ready: Prepared, ranks: Ranks, tell: Emit) -> tuple[Job, Evaluation]:
     """The job, and how to evaluate it, both rehearsed. Raises `DeviceMemoryError` with what would fit."""
     recipe, plan = ready.recipe, ready.plan
-    wanted = worth_compiling(recipe, plan.tokens, plan.shape.parameters)
+    wanted = worth_compiling(recipe, plan.tokens, plan.shape.parameters, ranks.device.type)
     with memory_guard("trying the engine's parts"):
         plain = recipe.model.engine == "plain"
         engine = plain_engine(model) if plain else build_engine(model, trained.adapters(), wanted)
