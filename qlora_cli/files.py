@@ -88,16 +88,22 @@ def staged_folder(final: Path, replace: bool = False) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))
     try:
         yield staging
-        with disk_errors(final):
-            _sync_tree(staging)
-            if replace and final.is_dir() and any(final.iterdir()):
-                _replace(staging, final)
-            else:
-                _take_name(staging, final)
-            _sync_folder(final.parent)
+        give_name(staging, final, replace)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def give_name(staging: Path, final: Path, replace: bool = False) -> None:
+    """Renames a folder that is whole to `final`, beside it, once all of it is on the disk. `RunDirectoryError` where
+    there is something of that name, unless with `replace`."""
+    with disk_errors(final):
+        _sync_tree(staging)
+        if replace and final.is_dir() and any(final.iterdir()):
+            _replace(staging, final)
+        else:
+            _take_name(staging, final)
+        _sync_folder(final.parent)
 
 
 def _take_name(staging: Path, final: Path) -> None:
@@ -197,6 +203,14 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder; a name that cannot be one is none."""
+    try:
+        return path.is_dir()
+    except OSError:  # a name too long for a file, say
+        return False
 
 
 def sha256(path: Path) -> str:

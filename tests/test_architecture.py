@@ -16,15 +16,16 @@ PACKAGE = Path(qlora_cli.__file__).parent
 LAYERS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"workflows", "recipe", "errors", "__init__"},
-    "workflows": {"training", "evaluation", "generation", "export", "data", "model", "recipe", "files", "errors"}
-    | {"__init__"},
+    "workflows": {"training", "evaluation", "generation", "export", "data", "model", "cache", "recipe", "files"}
+    | {"errors", "__init__"},
     "training": {"data", "model", "recipe", "files", "errors"},
     "evaluation": {"data", "model", "recipe", "files", "errors"},
     "generation": {"model", "recipe", "files", "errors"},
     "export": {"model", "recipe", "files", "hub", "errors", "__init__"},
-    "data": {"recipe", "files", "hub", "errors"},
-    "model": {"recipe", "files", "hub", "errors"},
+    "data": {"cache", "recipe", "files", "hub", "errors"},
+    "model": {"cache", "recipe", "files", "hub", "errors"},
     "recipe": {"errors"},
+    "cache": {"files", "errors"},
     "files": {"errors"},
     "hub": {"errors"},
     "errors": set(),
@@ -123,7 +124,7 @@ def test_the_other_layers_take_nothing_of_the_recipe_but_its_sections() -> None:
     parts = {"training", "evaluation", "generation", "export", "data", "model"}
     taken = [i for i in imports() if i.layer in parts and "recipe" in i.targets]
     assert taken
-    assert {i.module for i in taken} == {"qlora_cli.recipe.schema"}
+    assert {i.module for i in taken} == {"qlora_cli.recipe.schema", "qlora_cli.recipe.data_schema"}
     assert [str(i) for i in taken for name in i.names if not name.endswith("Section")] == []
 
 

@@ -14,6 +14,7 @@ import typer
 
 import qlora_cli.cli.options as opt
 from qlora_cli import __version__
+from qlora_cli.cli.data import data
 from qlora_cli.cli.merge import merge
 from qlora_cli.cli.options import Adapter, AllowChangedBase, Json, Output, Overrides, Quiet
 from qlora_cli.cli.quantize import quantize
@@ -44,6 +45,9 @@ def options(
     ),
 ) -> None:
     """Fine-tunes 4-bit language models from YAML recipes."""
+
+
+app.command()(data)
 
 
 @app.command()

@@ -6,25 +6,35 @@ conversation has at least one message.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn."""
+    """One turn. `extra` are fields that go to the template as they are (`tool_calls`, `tool_call_id`, `name`,
+    `reasoning_content`); `train` False: the turn carries no loss."""
 
     role: Role
     content: str
+    train: bool = True
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a chat template is given."""
+        return {"role": self.role, "content": self.content, **self.extra}
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order. Plain text is a conversation of a single assistant turn."""
+    """Turns in order, and the tools that the model is told of. Plain text is a conversation of a single assistant
+    turn."""
 
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         assert self.messages, "a conversation without messages has no meaning here; formats refuse it"

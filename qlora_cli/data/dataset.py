@@ -1,134 +1,134 @@
-"""Rows > conversations > tokens > receipt, and the held-out split.
+"""Sources > rows > tokens > receipt, and the held-out split.
 
-Knows one recipe section and a tokenizer. Invariant: every row read is either trained on, held out, or counted as
-dropped with its reason; rows of equal content never fall on both sides of the split.
+Knows one recipe section, a tokenizer and a cache. Invariant: every row read is either trained on, held out, or counted
+with the reason why not; rows of equal content never fall on both sides of the split.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from qlora_cli.cache.entries import Cache
 from qlora_cli.data.conversation import Conversation
-from qlora_cli.data.encode import Encoded, encode, shorten
-from qlora_cli.data.formats import FORMATS, RowError, fitting, renamed
-from qlora_cli.data.receipt import DataReceipt, SourceReceipt, SplitReceipt, Tally
-from qlora_cli.data.sources import SourceRow, is_local, raise_all, read_rows
+from qlora_cli.data.counting import digest, lost_rows, source_receipt, split_receipt
+from qlora_cli.data.formats import RowError, detect
+from qlora_cli.data.kept import day_of, kept, key, tokenizer_hash
+from qlora_cli.data.mixing import Share, epoch, hold_out, mark_duplicates, mark_overlap, sequences, shares
+from qlora_cli.data.reading import Encoder, Pipeline, window
+from qlora_cli.data.receipt import DataReceipt, SourceReceipt, check_limits
+from qlora_cli.data.rows import Position
+from qlora_cli.data.sources import Source, SourceRow, is_local, open_source
+from qlora_cli.data.store import Rows, Store, StoreWriter
+from qlora_cli.data.templates import TEXTS, Chosen, apply_template
 from qlora_cli.data.turns import TurnEncoder, turn_encoder
+from qlora_cli.data.verify import verify
 from qlora_cli.errors import DataError, Problem
-from qlora_cli.recipe.schema import DataSection
+from qlora_cli.recipe.data_schema import DataSection, SourceSection
+
+PEEK = 20
+"""Rows by which a format is detected and a template is verified."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source whose format is known; `why` says how where it was detected."""
+
+    name: str
+    source: Source
+    section: SourceSection
+    format: str
+    why: str = ""
+
+
+Watch = Callable[[Opened, int, int], None]
+"""Called with a source, how many of its rows are done, and how many bytes of its files are read."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What encoding needs beside the section: a tokenizer, a seed, a cache if there is one, and whom to tell."""
+
+    tokenizer: Any
+    seed: int = 0
+    cache: Cache | None = None
+    watch: Watch = lambda opened, rows, position: None
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """Encoded rows of both splits, their receipt, and the tokens that end a turn."""
+    """Encoded rows of both splits, their receipt, the tokens that end a turn, and what template was chosen. `lost` is
+    every row that the receipt counts as something else than kept."""
 
-    train: tuple[Encoded, ...]
-    held_out: tuple[Encoded, ...]
+    train: Rows
+    held_out: Rows
     receipt: DataReceipt
     stop_ids: frozenset[int]
-
-
-@dataclass(frozen=True)
-class _Encoder:
-    """What it takes to encode the rows of a source."""
-
-    data: DataSection
-    turns: TurnEncoder
-
-    def conversation(self, row: SourceRow) -> Conversation:
-        """What the row says. Raises `RowError`."""
-        return FORMATS[self.data.format].build(renamed(row.values, self.data.columns))
-
-    def sequences(self, conversation: Conversation, where: str, tally: Tally) -> list[Encoded]:
-        """The row's sequences that fit. The row counts once: as kept, as kept but cut, or as dropped (nothing of it is
-        left). Raises `RowError`."""
-        if conversation.messages[-1].role != "assistant":
-            tally.trailing_turns += 1
-        if any(not conversation.messages[turn].content.strip() for turn in conversation.assistant_turns()):
-            tally.dropped["an answer is empty"] += 1
-            return []
-        sequences = encode(conversation, self.turns, self.data.loss_on, where)
-        fitted = [self._fit(sequence) for sequence in sequences]
-        kept = [sequence for sequence in fitted if sequence.targets]
-        cut = sum(map(len, fitted)) < sum(map(len, sequences))
-        if not kept:
-            tally.dropped[self._too_long if cut else "no token carries loss"] += 1
-        elif cut:
-            tally.truncated += 1
-        return kept
-
-    def _fit(self, sequence: Encoded) -> Encoded:
-        """What the recipe's limit leaves of a sequence, perhaps nothing."""
-        limit = self.data.max_length
-        if len(sequence) <= limit:
-            return sequence
-        if self.data.too_long == "error":
-            raise RowError(f"{len(sequence):,} tokens, more than data.max_length ({limit:,})")
-        kept = 0 if self.data.too_long == "drop" else limit
-        return shorten(sequence, kept, self.turns.stop_ids)
+    chosen: Chosen
+    lost: tuple[Share, ...] = ()
 
     @property
-    def _too_long(self) -> str:
-        limit = f"{self.data.max_length:,} tokens"
-        return f"longer than {limit}" if self.data.too_long == "drop" else f"no answer within {limit}"
+    def largest_id(self) -> int:
+        """The largest token id of any row."""
+        return max((store.largest_id for store in (*self.train.stores, *self.held_out.stores)), default=-1)
+
+    def lost_rows(self) -> Iterator[dict[str, Any]]:
+        """Each row that was dropped, cut, a duplicate or held out too, with its place."""
+        for share in self.lost:
+            yield from lost_rows(share)
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A source's rows, encoded: sequences, counts, and a hash of what each row says by the row's place."""
+class _Read:
+    """A source, encoded."""
 
-    encoded: list[Encoded]
-    tally: Tally
-    keys: dict[str, str]
+    opened: Opened
+    store: Store
 
-    def split(self, wanted: int | float | None) -> tuple[list[Encoded], list[Encoded]]:
-        """(sequences to train on, sequences held out)."""
-        chosen = _held_out(self.keys, wanted, self.tally.source)
-        train = [sequence for sequence in self.encoded if sequence.where not in chosen]
-        return train, [sequence for sequence in self.encoded if sequence.where in chosen]
+    @property
+    def name(self) -> str:
+        """The source's."""
+        return self.opened.name
 
     @property
     def digest(self) -> str:
-        """A hash of the rows' content, whatever their order."""
-        return hashlib.sha256("".join(sorted(self.keys.values())).encode()).hexdigest()
+        """See `counting.digest`."""
+        return digest(self.store)
 
-    def receipt(self, kept: Sequence[Encoded], held_out: Sequence[Encoded], overlap: int = 0) -> SourceReceipt:
-        """What became of the rows."""
-        return SourceReceipt(
-            source=self.tally.source,
-            sha256=self.digest,
-            read=self.tally.read,
-            kept=_rows(kept),
-            held_out=_rows(held_out),
-            also_trained_on=overlap,
-            truncated=self.tally.truncated,
-            trailing_turns=self.tally.trailing_turns,
-            dropped=dict(self.tally.dropped),
-        )
+    def receipt(self, part: Share) -> SourceReceipt:
+        """See `counting.source_receipt`."""
+        return source_receipt(self.name, self.opened.source.files, self.opened.format, part)
 
 
-def load_data(data: DataSection, tokenizer: Any) -> TokenData:
-    """Reads and encodes everything the recipe names. Raises `DataError` where nothing is left to train on."""
-    encoder = _Encoder(data, turn_encoder(tokenizer, data.template, data.format))
-    source = _encode_all(encoder, data.train, read_rows(data.train, data.split))
-    train, held = source.split(data.eval_split)
-    receipts = [source.receipt(train, held)]
-    if data.eval is not None:
-        other = _eval_source(encoder, data.eval)
-        held = other.encoded
-        trained = set(source.keys.values())
-        receipts.append(other.receipt([], held, sum(key in trained for key in other.keys.values())))
-    _check(data, train, held, source.tally.read)
-    receipt = DataReceipt(tuple(receipts), _split(train), _split(held))
-    return TokenData(tuple(train), tuple(held), receipt, encoder.turns.stop_ids)
+def load_data(data: DataSection, setting: Setting) -> TokenData:
+    """Reads and encodes everything the recipe names. Raises `DataError` where nothing is left to train on, or where
+    more is lost than the recipe allows."""
+    opened = [_open(name, section, data) for name, section in data.named.items()]
+    chosen = choose_template(data, opened, setting.tokenizer)
+    read = [_read(each, data, setting, chosen) for each in opened]
+    held = _read_eval(data, setting, chosen)
+    parts = _parts(read, setting)
+    _divide(parts, held, data)
+    train = Rows([part.store for part in parts], epoch(parts, data, setting.seed))
+    held_rows = _whole(held.store) if held else _held(parts)
+    receipts = [each.receipt(part) for each, part in zip(read, parts, strict=True)]
+    _check(data, train, held_rows, sum(each.read for each in receipts))
+    check_limits(receipts, data.limits, "`qlora data RECIPE --lost` lists them")
+    if held:
+        parts.append(_held_part(held))
+        receipts.append(held.receipt(parts[-1]))
+    receipt = DataReceipt(tuple(receipts), split_receipt(train), split_receipt(held_rows), notes=_notes(read, chosen))
+    stop_ids = frozenset().union(*(_turns(each, setting, chosen).stop_ids for each in opened))
+    return TokenData(train, held_rows, receipt, stop_ids, chosen, tuple(parts))
 
 
-def load_held_out(data: DataSection, tokenizer: Any) -> tuple[tuple[Encoded, ...], dict[str, str]]:
-    """(the held-out rows, content hash of the source they came from). Where the recipe holds none out, an error that
+def load_held_out(data: DataSection, setting: Setting) -> tuple[Rows, dict[str, str]]:
+    """(the held-out rows, content hash of the sources they came from). Where the recipe holds none out, an error that
     says how to name some."""
     if data.eval is None and data.eval_split is None:
         raise DataError(
@@ -136,80 +136,130 @@ def load_held_out(data: DataSection, tokenizer: Any) -> tuple[tuple[Encoded, ...
             why="evaluation on training rows would measure memory",
             fix="set data.eval to a file, or data.eval_split before training",
         )
-    encoder = _Encoder(data, turn_encoder(tokenizer, data.template, data.format))
     if data.eval is not None:
-        source = _eval_source(encoder, data.eval)
-        held = source.encoded
+        opened = _open_eval(data.eval, data)
+        held = _read(opened, data, setting, choose_template(data, [opened], setting.tokenizer))
+        rows, digests = _whole(held.store), {held.name: held.digest}
     else:
-        source = _encode_all(encoder, data.train, read_rows(data.train, data.split))
-        held = source.split(data.eval_split)[1]
-    _check_held(held)
-    return tuple(held), {source.tally.source: source.digest}
+        every = [_open(name, section, data) for name, section in data.named.items()]
+        chosen = choose_template(data, every, setting.tokenizer)
+        read = [_read(each, data, setting, chosen) for each in every]
+        parts = _parts(read, setting)
+        hold_out(parts, data.eval_split or 0, data.title)
+        rows, digests = _held(parts), {each.name: each.digest for each in read}
+    _check_held(rows)
+    return rows, digests
 
 
-def _eval_source(encoder: _Encoder, source: str) -> _Source:
-    name, _, split = source.partition(":") if not is_local(source) else (source, "", "")
-    return _encode_all(encoder, source, read_rows(name, split or "train"))
+def choose_template(data: DataSection, opened: Sequence[Opened], tokenizer: Any) -> Chosen:
+    """Sets the template on the tokenizer. Of several formats the first that is a conversation decides."""
+    formats = [each.format for each in opened]
+    spoken = next((name for name in formats if name not in TEXTS), formats[0])
+    return apply_template(tokenizer, data.template, spoken, data.new_tokens)
 
 
-def _encode_all(encoder: _Encoder, source: str, rows: Sequence[SourceRow]) -> _Source:
-    read, problems = _Source([], Tally(source), {}), list[Problem]()
-    for row in rows:
-        read.tally.read += 1
-        try:
-            conversation = encoder.conversation(row)
-            read.keys[row.where] = _key(conversation)
-            read.encoded.extend(encoder.sequences(conversation, row.where, read.tally))
-        except RowError as error:
-            problems.append(Problem(str(error), fix=_other_format(row, encoder.data) or error.fix, where=row.where))
-    raise_all(problems)
-    return read
+def _open(name: str, section: SourceSection, data: DataSection) -> Opened:
+    source = open_source(section.path, section.split, section.config, section.revision)
+    columns = data.columns if section.columns is None else section.columns
+    section = section.model_copy(update={"columns": columns})
+    if (row_format := section.format or data.format) != "auto":
+        return Opened(name, source, section, row_format)
+    first = [each for each in islice(source.rows(), PEEK) if isinstance(each, SourceRow)]
+    if not first:
+        raise DataError(f"{name}: none of its first rows can be read", fix="name its data.format to see what is wrong")
+    try:
+        found = detect([row.values for row in first])
+    except RowError as error:
+        raise DataError(f"{name}: {error}", fix=error.fix) from error
+    return Opened(name, source, section, found.name, found.why)
 
 
-def _other_format(row: SourceRow, data: DataSection) -> str:
-    """What to set where the row has the fields of other formats than the recipe's; empty where it has not."""
-    names = fitting(row.values)
-    return f"the row looks like data.format: {' or '.join(names)}" if names and data.format not in names else ""
+def _open_eval(path: str, data: DataSection) -> Opened:
+    name, _, split = path.partition(":") if not is_local(path) else (path, "", "")
+    return replace(_open(path, SourceSection(path=name, split=split or "train"), data), name=path)
 
 
-def _key(conversation: Conversation) -> str:
-    said = [(message.role, message.content) for message in conversation.messages]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+def _read_eval(data: DataSection, setting: Setting, chosen: Chosen) -> _Read | None:
+    return _read(_open_eval(data.eval, data), data, setting, chosen) if data.eval is not None else None
 
 
-def _held_out(keys: Mapping[str, str], wanted: int | float | None, source: str) -> frozenset[str]:
-    """Places of the rows held out: those with the smallest content hashes, so that the choice does not depend on the
-    order of the rows and equal rows stay together. A count is of distinct rows; a share takes the hashes below that
-    share of their range (at least one)."""
-    if wanted is None:
-        return frozenset()
-    ordered = sorted(set(keys.values()))
-    if isinstance(wanted, int):
-        if wanted >= len(ordered):
-            raise DataError(
-                f"data.eval_split is {wanted}, but {source} has only {len(ordered)} distinct rows",
-                why="no row would be left to train on",
-                fix="lower data.eval_split, or name held-out rows in data.eval",
-            )
-        limit = ordered[wanted - 1]
-    else:
-        below = [key for key in ordered if int(key[:13], 16) < wanted * 16**13]
-        limit = below[-1] if below else ordered[0]
-    return frozenset(where for where, key in keys.items() if key <= limit)
+def _turns(opened: Opened, setting: Setting, chosen: Chosen) -> TurnEncoder:
+    """A text has no turns; everything else is rendered by the one template."""
+    return turn_encoder(setting.tokenizer, "none" if opened.format == "text" else chosen.name, opened.format)
 
 
-def _rows(encoded: Sequence[Encoded]) -> int:
-    return len({row.where for row in encoded})
+def _read(opened: Opened, data: DataSection, setting: Setting, chosen: Chosen) -> _Read:
+    source, section = opened.source, opened.section
+    encoder = Encoder(data, opened.format, dict(section.columns or {}), _turns(opened, setting, chosen))
+
+    def write(folder: Path) -> None:
+        position = Position()
+        rows = source.rows(position)
+        rows = rows if section.shuffle else window(rows, section.skip, section.take)
+        first = list(islice(rows, PEEK))
+        notes = verify(encoder.turns, list(_said(encoder, first)))
+        with StoreWriter(folder) as writer:
+            pipeline = Pipeline(encoder, writer, lambda done: setting.watch(opened, done, position.bytes))
+            writer.finish({**pipeline.run(chain(first, rows)), "notes": notes})
+
+    settings = {"format": opened.format, "template": chosen.name, "tokenizer": tokenizer_hash(setting.tokenizer)}
+    settings["day"] = day_of(setting.tokenizer)
+    wanted = key(source.fingerprint(), source.files, section, data, settings) if setting.cache else ""
+    return _Read(opened, kept(setting.cache, wanted, write))
 
 
-def _split(encoded: Sequence[Encoded]) -> SplitReceipt:
-    return SplitReceipt.of(_rows(encoded), encoded)
+def _parts(read: Sequence[_Read], setting: Setting) -> list[Share]:
+    return shares([each.store for each in read], [each.opened.section for each in read], setting.seed)
 
 
-def _check(data: DataSection, train: Sequence[Encoded], held: Sequence[Encoded], read: int) -> None:
-    if not train:
+def _said(encoder: Encoder, rows: Sequence[SourceRow | Problem]) -> Iterator[Conversation]:
+    """What the rows say; those that say nothing are reported with their place when they are read."""
+    found = (_conversation(encoder, row) for row in rows if isinstance(row, SourceRow))
+    return (each for each in found if each is not None)
+
+
+def _conversation(encoder: Encoder, row: SourceRow) -> Conversation | None:
+    try:
+        return encoder.conversation(row)
+    except RowError:
+        return None
+
+
+def _divide(parts: list[Share], held: _Read | None, data: DataSection) -> None:
+    if held is not None:
+        mark_overlap(parts, held.store)
+    elif data.eval_split is not None:
+        hold_out(parts, data.eval_split, data.title)
+    mark_duplicates(parts, data.duplicates == "drop")
+
+
+def _notes(read: Sequence[_Read], chosen: Chosen) -> tuple[str, ...]:
+    known = [(each.name, each.opened) for each in read if each.opened.why]
+    found = [f"{name}: format {opened.format}, because {opened.why}" for name, opened in known]
+    found += [f"{each.name}: {note}" for each in read for note in each.store.facts["notes"]]
+    added = [f"new special tokens, with embeddings of their own to train: {', '.join(chosen.added)}"]
+    return (*found, *(added if chosen.added else []))
+
+
+def _whole(store: Store) -> Rows:
+    return Rows([store], [np.arange(len(store.sequences))])
+
+
+def _held(parts: Sequence[Share]) -> Rows:
+    return Rows([part.store for part in parts], [sequences(part, part.held) for part in parts])
+
+
+def _held_part(read: _Read) -> Share:
+    """The whole of a source, held out."""
+    part = shares([read.store], [read.opened.section], 0)[0]
+    part.held, part.train = part.usable, np.zeros_like(part.usable)
+    return part
+
+
+def _check(data: DataSection, train: Rows, held: Rows, read: int) -> None:
+    if not len(train):
         raise DataError(
-            f"{data.train}: 0 supervised tokens are left of {read:,} rows",
+            f"{data.title}: 0 supervised tokens are left of {read:,} rows",
             why="every row was dropped, held out, or has no token that carries loss",
             fix=f"look at data.max_length ({data.max_length:,}), data.eval_split, data.loss_on and the rows themselves",
         )
@@ -217,8 +267,8 @@ def _check(data: DataSection, train: Sequence[Encoded], held: Sequence[Encoded],
         _check_held(held)
 
 
-def _check_held(held: Sequence[Encoded]) -> None:
-    if not held:
+def _check_held(held: Rows) -> None:
+    if not len(held):
         raise DataError(
             "no held-out row is left",
             why="all were dropped as too long or without a target",

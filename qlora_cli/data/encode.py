@@ -1,22 +1,24 @@
 """Conversations to token ids with a loss mask.
 
-Knows turns and limits; nothing of files or batches. Invariant: the mask follows from encoding the turns, never from
+Knows turns; nothing of files, limits or batches. Invariant: the mask follows from encoding the turns, never from
 searching for marker strings, and every supervised turn ends in a supervised end-of-turn token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qlora_cli.data.conversation import Conversation
-from qlora_cli.data.turns import TurnEncoder
+from qlora_cli.data.formats import RowError
+from qlora_cli.data.turns import Answer, Row, TurnEncoder
 
-LossOn = Literal["assistant", "last", "all"]
+LossOn = Literal["assistant", "completion", "last", "all"]
+Arrays = tuple[NDArray[np.int32], NDArray[np.bool_]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,49 +41,73 @@ class Encoded:
 def encode(conversation: Conversation, turns: TurnEncoder, loss_on: LossOn, where: str = "") -> list[Encoded]:
     """The conversation as one row; as several where the template rewrites earlier turns once later ones follow
     (as those do that strip reasoning from history), since then no single text holds what each turn was prompted with.
+
+    `completion`: all that follows what the row's first answer was prompted with. A message whose `train` is False never
+    carries loss; where that is no answer, nothing else between the answers around it does either. Raises `RowError`.
     """
-    rows: list[tuple[list[int], list[bool]]] = []
+    rows = encode_turns(conversation, turns)
+    return [Encoded(*arrays, where) for arrays in _masked(conversation, rows, loss_on)]
+
+
+def encode_many(
+    conversations: Sequence[Conversation], turns: TurnEncoder, loss_on: LossOn
+) -> list[list[Arrays] | RowError]:
+    """(ids, loss) of the rows that `encode` makes of each, or the error that it raises; faster, since the tokenizer is
+    called for all at once. Keeps nothing between calls, so that threads may call it at the same time."""
+    pairs = zip(conversations, turns.rows(conversations), strict=True)
+    return [_encoded(conversation, row, turns, loss_on) for conversation, row in pairs]
+
+
+def _encoded(
+    conversation: Conversation, row: Row | None, turns: TurnEncoder, loss_on: LossOn
+) -> list[Arrays] | RowError:
+    try:
+        rows = encode_turns(conversation, turns) if row is None else [row]
+    except RowError as error:
+        return error
+    return _masked(conversation, rows, loss_on)
+
+
+def encode_turns(conversation: Conversation, turns: TurnEncoder) -> list[Row]:
+    """The conversation's rows up to its last answer, turn by turn: each answer stands in the first row that holds what
+    it was prompted with. Raises `RowError`."""
+    rows: list[tuple[list[int], list[Answer]]] = []
     for position in conversation.assistant_turns():
-        before, answer = turns.turn(conversation.messages[: position + 1])
-        ids, answer_from = before + answer, len(before)
-        previous = rows[-1] if rows else ([], [])
-        if rows and ids[: len(previous[0])] == previous[0]:
-            rows.pop()
-            history = previous[1]
-        else:
-            history = []
-        mask = history + [False] * (answer_from - len(history)) + [True] * (len(ids) - answer_from)
-        rows.append((ids, mask))
-    return _apply(loss_on, [Encoded(np.array(i, np.int32), np.array(m, np.bool_), where) for i, m in rows])
+        before, answer = turns.turn(conversation.messages[: position + 1], conversation.tools)
+        ids = before + answer
+        continues = rows and ids[: len(rows[-1][0])] == rows[-1][0]
+        earlier = rows.pop()[1] if continues else []
+        rows.append((ids, [*earlier, Answer(position, len(before), len(ids))]))
+    return [Row(np.array(ids, np.int32), answers) for ids, answers in rows]
 
 
-def _apply(loss_on: LossOn, rows: list[Encoded]) -> list[Encoded]:
+def _masked(conversation: Conversation, rows: Sequence[Row], loss_on: LossOn) -> list[Arrays]:
+    untrained = [position for position, message in enumerate(conversation.messages) if not message.train]
+    wanted = rows[-1:] if loss_on == "last" else rows
+    return [(row.ids, _mask(row, loss_on, untrained)) for row in wanted]
+
+
+def _mask(row: Row, loss_on: LossOn, untrained: Sequence[int]) -> NDArray[np.bool_]:
+    loss = np.zeros(len(row.ids), np.bool_)
     if loss_on == "all":
-        return [replace(row, loss=np.ones(len(row), np.bool_)) for row in rows]
-    if loss_on == "last":
-        return [_only_last_run(rows[-1])]
-    return rows
+        loss[:] = True
+    elif loss_on == "completion":
+        loss[row.answers[0].start :] = True
+    else:
+        for answer in row.answers[-1:] if loss_on == "last" else row.answers:
+            loss[answer.start : answer.stop] = True
+    if untrained:
+        _silence(loss, row, untrained)
+    return loss
 
 
-def _only_last_run(row: Encoded) -> Encoded:
-    loss = row.loss.copy()
-    masked = np.flatnonzero(~loss)
-    if len(masked):
-        loss[: masked[-1] + 1] = False
-    return replace(row, loss=loss)
-
-
-def shorten(row: Encoded, max_length: int, stop_ids: Collection[int]) -> Encoded:
-    """The first `max_length` tokens or fewer, the last of them an end-of-turn target.
-
-    A cut through an answer replaces its last kept token by the end-of-turn token that the row ended with, unless that
-    would be all of the answer: silence is not what the row teaches. A cut before an answer drops its prompt too, back
-    to the end of the answer before it (perhaps to nothing).
-    """
-    ids, loss = row.ids[:max_length].copy(), row.loss[:max_length].copy()
-    if loss[-1:].any() and int(ids[-1]) not in stop_ids:
-        ids[-1] = row.ids[-1]
-        loss[-1] = loss[-2:-1].any()
-    targets = np.flatnonzero(loss)
-    kept = targets[-1] + 1 if len(targets) else 0
-    return replace(row, ids=ids[:kept], loss=loss[:kept])
+def _silence(loss: NDArray[np.bool_], row: Row, untrained: Sequence[int]) -> None:
+    """Takes the loss from what must not be learned. Where a message begins is known of answers only, so that between
+    two answers it is all or nothing."""
+    message, place = -1, 0
+    for answer in row.answers:
+        if answer.message in untrained:
+            loss[answer.start : answer.stop] = False
+        if any(message < position < answer.message for position in untrained):
+            loss[place : answer.start] = False
+        message, place = answer.message, answer.stop

@@ -1,130 +1,164 @@
-"""Row formats: one function per format turns a row's fields into a `Conversation`.
+"""The row formats by name, and how one is told from another.
 
-Knows field names and their types; nothing of files or tokens. Invariant: a row either becomes a conversation or
-raises `RowError` with the field that is wrong; nothing is guessed or repaired.
+Knows which fields a format asks for and which format takes the other's rows too; the formats themselves are in
+`pairs.py`, `chats.py` and `dialogs.py`. Invariant: a row either becomes a conversation or raises `RowError` with the
+field that is wrong; nothing is guessed or repaired, and rows that can be read in two ways are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from qlora_cli.data.conversation import Conversation, Message, Role
-
-Row = Mapping[str, Any]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
-
-
-class RowError(Exception):
-    """A row that does not have its format's shape; the message names field and reason, `fix` what to do."""
-
-    def __init__(self, what: str, fix: str = "mend the row") -> None:
-        super().__init__(what)
-        self.fix = fix
-
-
-def _missing(row: Row, field: str) -> RowError:
-    has = ", ".join(f"`{name}`" for name in sorted(row)) or "no fields"
-    fix = "name the column that holds it in data.columns, or set data.format"
-    return RowError(f"field `{field}` is missing (the row has: {has})", fix)
-
-
-def _text(row: Row, field: str) -> str:
-    if field not in row:
-        raise _missing(row, field)
-    if not isinstance(row[field], str):
-        raise RowError(f"field `{field}` must be text, but is {_kind(row[field])}")
-    return _unicode(row[field], f"field `{field}`")
-
-
-def _unicode(value: str, name: str) -> str:
-    """JSON may escape half of a character (`\\ud83d` alone), which is no text and which no tokenizer takes."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(f"{name} is not Unicode text: {error.reason} (character {error.start + 1})") from error
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _message(item: Any, position: int) -> Message:
-    where = f"messages[{position}]"
-    if not isinstance(item, Mapping):
-        raise RowError(f"{where} must be an object with `role` and `content`, but is {_kind(item)}")
-    for key in ("role", "content"):
-        if key not in item:
-            raise RowError(f"{where}.{key} is missing (it has: {', '.join(sorted(item)) or 'nothing'})")
-        if not isinstance(item[key], str):
-            raise RowError(f"{where}.{key} must be text, but is {_kind(item[key])}")
-    if item["role"] not in ROLES:
-        raise RowError(f"{where}.role is `{item['role']}`; known roles are {', '.join(ROLES)}")
-    return Message(item["role"], _unicode(item["content"], f"{where}.content"))
-
-
-def messages(row: Row) -> Conversation:
-    """`{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}`."""
-    if "messages" not in row:
-        raise _missing(row, "messages")
-    turns = row["messages"]
-    if not isinstance(turns, list) or not turns:
-        raise RowError(f"field `messages` must be a list of messages, but is {_kind(turns) if turns else 'empty'}")
-    conversation = Conversation(tuple(_message(item, i) for i, item in enumerate(turns)))
-    if not conversation.assistant_turns():
-        raise RowError("field `messages` has no assistant turn: there is nothing to learn in it")
-    return conversation
-
-
-def prompt_completion(row: Row) -> Conversation:
-    """`{"prompt": ..., "completion": ...}`."""
-    return Conversation((Message("user", _text(row, "prompt")), Message("assistant", _text(row, "completion"))))
-
-
-def alpaca(row: Row) -> Conversation:
-    """`{"instruction": ..., "input": ..., "output": ...}`; `input` may be absent or empty."""
-    instruction, extra = _text(row, "instruction"), _text(row, "input") if row.get("input") else ""
-    prompt = f"{instruction}\n\n{extra}" if extra else instruction
-    return Conversation((Message("user", prompt), Message("assistant", _text(row, "output"))))
-
-
-def text(row: Row) -> Conversation:
-    """`{"text": ...}`: everything is learned."""
-    return Conversation((Message("assistant", _text(row, "text")),))
+from qlora_cli.data import chats, dialogs, pairs
+from qlora_cli.data.conversation import Conversation
+from qlora_cli.data.fields import Row, RowError, named
 
 
 @dataclass(frozen=True)
 class Format:
-    """A named row shape: the fields that it must have, and how they become a conversation."""
+    """A named row shape: the fields that it must have, and how they become a conversation. `shape` says in words what
+    rows of it have.
+
+    `over` names a format that takes such rows too, but knows less of them; `sign` tells whether a row has what makes
+    the difference, in all rows of this format and in none of the other."""
 
     build: Callable[[Row], Conversation]
     fields: tuple[str, ...]
+    shape: str
+    optional: tuple[str, ...] = ()
+    over: str = ""
+    sign: Callable[[Row], bool] = lambda row: True
+
+    def fits(self, row: Row) -> bool:
+        """Whether the row has this shape, inside its fields too."""
+        return not self.against(row) and self.sign(row)
+
+    def against(self, row: Row) -> str:
+        """Why the row cannot be read as this format; empty where it can."""
+        try:
+            self.build(row)
+        except RowError as error:
+            return str(error)
+        return ""
+
+
+def _has(field: str, mark: str) -> Callable[[Row], bool]:
+    return lambda row: isinstance(row.get(field), str) and mark in row[field]
 
 
 FORMATS: Mapping[str, Format] = {
-    "messages": Format(messages, ("messages",)),
-    "prompt-completion": Format(prompt_completion, ("prompt", "completion")),
-    "alpaca": Format(alpaca, ("instruction", "output")),
-    "text": Format(text, ("text",)),
+    "messages": Format(chats.messages, ("messages",), "`messages` with `role` and `content`", ("tools",)),
+    "sharegpt": Format(
+        chats.sharegpt, ("conversations",), "`conversations` with `from` and `value`", ("system", "tools")
+    ),
+    "alpaca": Format(
+        pairs.alpaca,
+        ("instruction", "output"),
+        "`instruction` and `output`",
+        ("input",),
+        over="longform",
+        sign=lambda row: "instruction" in row,
+    ),
+    "prompt-completion": Format(
+        chats.prompt_completion, ("prompt", "completion"), "`prompt` and `completion`", ("tools",)
+    ),
+    "text": Format(pairs.text, ("text",), "`text`"),
+    "oasst": Format(dialogs.oasst, ("prompt",), "`prompt` with `text`, `role` and `replies`"),
+    "guanaco": Format(
+        dialogs.guanaco,
+        ("text",),
+        "`text` with `### Human:` and `### Assistant:`",
+        over="text",
+        sign=_has("text", "### Human:"),
+    ),
+    "self-instruct": Format(
+        pairs.self_instruct,
+        ("prompt", "completion"),
+        f"`prompt` and `completion` that ends with `{pairs.END_OF_TEXT}`",
+        over="prompt-completion",
+        sign=pairs.ends_as_self_instruct,
+    ),
+    "chip2": Format(
+        dialogs.chip2, ("text",), "`text` with `<human>:` and `<bot>:`", over="text", sign=_has("text", "<human>:")
+    ),
+    "hh-rlhf": Format(dialogs.hh_rlhf, ("chosen",), "`chosen` with `Human:` and `Assistant:`"),
+    "longform": Format(pairs.longform, ("input", "output"), "`input` and `output`"),
+    "unnatural-instructions": Format(
+        pairs.unnatural_instructions, ("instances",), "`instances` with `instruction_with_input` and `output`"
+    ),
 }
 
 
+@dataclass(frozen=True)
+class Detected:
+    """The format that rows have, and what it was known by."""
+
+    name: str
+    why: str
+
+
+def detect(rows: Sequence[Row]) -> Detected:
+    """The one format that all of `rows`, the first of a source, have. Raises `RowError` where none or several fit."""
+    if not rows:
+        raise RowError("there are no rows to tell a format from", "set data.format")
+    names = _candidates(rows)
+    if len(names) == 1:
+        return Detected(names[0], f"rows have {FORMATS[names[0]].shape}")
+    if names:
+        ways = " or as ".join(f"{name} ({FORMATS[name].shape})" for name in names)
+        fix = " or ".join(f"data.format: {name}" for name in names)
+        raise RowError(f"the rows can be read as {ways}", f"set {fix}")
+    raise _no_format(rows)
+
+
 def fitting(row: Row) -> tuple[str, ...]:
-    """Names of the formats whose fields this row has."""
-    return tuple(name for name, shape in FORMATS.items() if all(field in row for field in shape.fields))
+    """Names of the formats that this row has."""
+    return _candidates((row,))
+
+
+def _candidates(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Formats that all rows have, less those of which another knows more; and with a format, those of which some rows
+    have the sign: where they are meant, it would read them wrong."""
+    fit = {name for name, shape in FORMATS.items() if all(shape.fits(row) for row in rows)}
+    fit -= {FORMATS[name].over for name in fit}
+    doubtful = {name for name, shape in FORMATS.items() if shape.over in fit and any(map(shape.sign, rows))}
+    return tuple(name for name in FORMATS if name in fit | doubtful)
+
+
+def _no_format(rows: Sequence[Row]) -> RowError:
+    """What the rows have, why they are not of the formats whose fields are there, and what each format needs."""
+    has = named({field for row in rows for field in row}) or "no fields"
+    reasons: dict[str, list[str]] = {}
+    for name, shape in FORMATS.items():
+        if reason := _against(shape, rows):
+            reasons.setdefault(reason, []).append(name)
+    near = "".join(f"; not {', '.join(names)}: {reason}" for reason, names in reasons.items())
+    needs = "; ".join(f"{name} needs {shape.shape}" for name, shape in FORMATS.items())
+    fix = f"name the columns in data.columns, or set data.format: {needs}"
+    return RowError(f"the rows have the shape of no format (they have: {has}){near}", fix)
+
+
+def _against(shape: Format, rows: Sequence[Row]) -> str:
+    """What keeps the first row that is not of this format from it; empty where no row has the format's fields."""
+    if not any(set(shape.fields) <= set(row) for row in rows):
+        return ""
+    reasons = ((number, shape.against(row)) for number, row in enumerate(rows, start=1))
+    return next((f"row {number}: {reason}" for number, reason in reasons if reason), "")
+
+
+OPTIONAL = frozenset(field for shape in FORMATS.values() for field in shape.optional)
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     """The row under the format's field names, where the recipe says that its columns are called otherwise. A column
-    that no row has would leave the mapping without effect, so it is an error; only alpaca's `input` may be absent."""
+    that no row has would leave the mapping without effect, so it is an error; that of an optional field may be
+    absent."""
     if not columns:
         return row
     for field, column in columns.items():
-        if column not in row and field != "input":
-            has = ", ".join(f"`{name}`" for name in sorted(row))
+        if column not in row and field not in OPTIONAL:
+            has = named(row) or "no fields"
             raise RowError(f"column `{column}` is missing (the row has: {has})", f"mend data.columns.{field}")
     taken = set(columns.values())
     return {**{k: v for k, v in row.items() if k not in taken}, **{f: row[c] for f, c in columns.items() if c in row}}

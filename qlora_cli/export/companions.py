@@ -26,9 +26,15 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def write_config(source: Path, target: Path, dtype: str, quantization: dict[str, Any] | None) -> None:
-    """config.json of `source` with another dtype and quantization (None: 16 or 32 bits)."""
+def write_config(
+    source: Path, target: Path, dtype: str, quantization: dict[str, Any] | None, vocabulary: int | None = None
+) -> None:
+    """config.json of `source` with another dtype and quantization (None: 16 or 32 bits), and with embeddings for
+    `vocabulary` tokens (None: as many as it has)."""
     config = {key: value for key, value in read_json(source / CONFIG).items() if key != "quantization_config"}
     config.pop("torch_dtype", None)  # what transformers 4 called dtype
     config["dtype"] = dtype
+    if vocabulary is not None:
+        text = config.get("text_config")
+        (text if isinstance(text, dict) else config)["vocab_size"] = vocabulary
     write_json(target / CONFIG, config | ({"quantization_config": quantization} if quantization else {}))

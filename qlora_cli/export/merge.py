@@ -20,6 +20,7 @@ from torch import Tensor
 from qlora_cli.errors import ModelError, Problem
 from qlora_cli.export.checks import is_finite
 from qlora_cli.export.companions import copy_companions, write_config
+from qlora_cli.export.tokens import NewRows
 from qlora_cli.export.weights import BaseWeights
 from qlora_cli.model.adapter import PREFIX, learned_something, mismatches
 from qlora_cli.model.lora import scaling_of, target_layers
@@ -99,8 +100,15 @@ def deltas(weights: BaseWeights, tensors: Mapping[str, Tensor], lora: LoraSectio
 class Merger:
     """Writes one merged model."""
 
-    def __init__(self, weights: BaseWeights, added: Mapping[str, Delta], kind: Kind, dtype: torch.dtype) -> None:
-        self._weights, self._deltas, self._kind = weights, added, kind
+    def __init__(
+        self,
+        weights: BaseWeights,
+        added: Mapping[str, Delta],
+        kind: Kind,
+        dtype: torch.dtype,
+        rows: Mapping[str, NewRows] | None = None,
+    ) -> None:
+        self._weights, self._deltas, self._kind, self._rows = weights, added, kind, rows or {}
         self._dtype = weights.dtype if kind == "requantized" else dtype
         self.survival = Survival()
 
@@ -116,7 +124,9 @@ class Merger:
             total = writer.finish()
         quantization = stored_config(weights.section, self._dtype, weights.skipped)
         copy_companions(weights.source.folder.path, folder)
-        write_config(weights.source.folder.path, folder, name, quantization if self._kind == "requantized" else None)
+        stored = quantization if self._kind == "requantized" else None
+        grown = next((rows.size for rows in self._rows.values()), None)
+        write_config(weights.source.folder.path, folder, name, stored, grown)
         return total
 
     def _requantized(self) -> list[str]:
@@ -125,7 +135,12 @@ class Merger:
 
     def _write(self, writer: Writer, name: str) -> None:
         layer, delta = self._weights.layers.get(name), self._deltas.get(name)
-        if self._kind == "requantized" and layer is not None and layer.four_bit:
+        if name in self._rows:
+            rows = self._rows[name]
+            values = self._finite(rows.values.to(self._weights.dtype).to(self._dtype), name)
+            shape = (rows.size, *self._weights.source.entries[name].shape[1:])
+            writer.add_pieces(name, self._type_of(name), shape, rows.among(self._cast(name), values))
+        elif self._kind == "requantized" and layer is not None and layer.four_bit:
             for part, tensor in self._packed(name, delta).tensors(name).items():
                 writer.add(part, tensor)
         elif layer is not None and (delta is not None or (layer.four_bit and self._kind != "original")):

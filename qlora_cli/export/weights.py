@@ -84,6 +84,10 @@ class BaseWeights:
         known = self._parameters.parameters
         return {name: modules[known[name]] for name in self.names if known.get(name) in modules}
 
+    def named(self, parameter: str) -> list[str]:
+        """The tensors of the files of which each alone becomes `parameter` of the model."""
+        return [name for name in self.names if self._parameters.parameters.get(name) == parameter]
+
     def packed(self, name: str) -> Packed:
         """The 4-bit weight `name`: read, or quantised now."""
         if name in self.constants:

@@ -7,6 +7,7 @@ equals the layers' tensors bit for bit, is finite, and has a B that is not all z
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,38 @@ from torch import Tensor, nn
 from qlora_cli.errors import ModelError, Problem
 from qlora_cli.files import disk_errors, staged_folder, write_json, write_manifest
 from qlora_cli.model.folder import read_json
-from qlora_cli.model.lora import LoraLinear, linear_layers
+from qlora_cli.model.lora import LoraLinear, attach, linear_layers, stored_in
+from qlora_cli.model.tokens import TokenRows, add_rows
 from qlora_cli.recipe.schema import LoraSection
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+TOKENS = "trainable_token_indices"
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 MOST_NAMED = 4
 
 
-def adapter_tensors(layers: Mapping[str, LoraLinear]) -> dict[str, Tensor]:
-    """PEFT's keys: `base_model.model.NAME.lora_A.weight` [r, in] and `.lora_B.weight` [out, r], copied to the CPU."""
-    tensors = {}
+def adapter_tensors(layers: Mapping[str, LoraLinear], rows: TokenRows | None = None) -> dict[str, Tensor]:
+    """`_parameters`, copied to the CPU."""
+    return {key: value.detach().cpu().contiguous().clone() for key, value in _parameters(layers, rows).items()}
+
+
+def _parameters(layers: Mapping[str, LoraLinear], rows: TokenRows | None) -> dict[str, nn.Parameter]:
+    """By PEFT's keys: `base_model.model.NAME.lora_A.weight` [r, in] and `.lora_B.weight` [out, r]; for new tokens
+    `base_model.model.NAME.token_adapter.trainable_tokens_delta` [n, hidden], which despite its name holds values."""
+    found = {}
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
-    return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        found[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a
+        found[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
+    trained = rows.by_layer() if rows else {}
+    return found | {f"{PREFIX}{name}{TOKEN_ROWS}": parameter for name, parameter in trained.items()}
 
 
-def adapter_config(model: Any, layers: Mapping[str, LoraLinear], lora: LoraSection, base: str) -> dict[str, Any]:
+def adapter_config(
+    model: Any, layers: Mapping[str, LoraLinear], lora: LoraSection, base: str, rows: TokenRows | None = None
+) -> dict[str, Any]:
     """adapter_config.json as PEFT reads it."""
+    tokens = {TOKENS: dict.fromkeys(rows.by_layer(), rows.ids.tolist())} if rows else {}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -51,6 +65,7 @@ def adapter_config(model: Any, layers: Mapping[str, LoraLinear], lora: LoraSecti
         "inference_mode": True,
         "rank_pattern": {},
         "alpha_pattern": {},
+        **tokens,
     }
 
 
@@ -152,12 +167,47 @@ def mismatches(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Te
 
 
 @torch.no_grad()
-def load_into(layers: Mapping[str, LoraLinear], tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copies tensors into the layers; every name and shape must match, and all that do not are named at once."""
-    targets = {f"{PREFIX}{n}.lora_A.weight": layer.lora_a for n, layer in layers.items()}
-    targets |= {f"{PREFIX}{n}.lora_B.weight": layer.lora_b for n, layer in layers.items()}
+def load_into(
+    layers: Mapping[str, LoraLinear], tensors: Mapping[str, Tensor], source: Path, rows: TokenRows | None = None
+) -> None:
+    """Copies tensors into the layers and rows; every name and shape must match, and all that do not are named at
+    once."""
+    targets = _parameters(layers, rows)
     problems = mismatches({key: tuple(parameter.shape) for key, parameter in targets.items()}, tensors)
     if problems:
         raise ModelError.of([Problem(text, where=str(source)) for text in problems])
     for key, parameter in targets.items():
         parameter.copy_(tensors[key])
+
+
+def put_adapter(model: Any, lora: LoraSection, compute_dtype: torch.dtype, folder: Path) -> None:
+    """Puts the adapter of a folder, with its new tokens, into a bare base."""
+    config, tensors = read_adapter(folder)
+    layers = attach(model, lora, compute_dtype, seed=0)
+    load_into(layers, tensors, folder, add_rows(model, token_ids(config, folder), stored_in(lora, compute_dtype)))
+
+
+def token_ids(config: Mapping[str, Any], source: Path) -> tuple[int, ...]:
+    """The new tokens of an adapter, in order, by its config; `ModelError` for what `adapter_config` does not write."""
+    said = config.get(TOKENS)
+    if said is None:
+        return ()
+    lists = list(said.values()) if isinstance(said, dict) else []
+    if not lists or any(each != lists[0] or not _rising(each) for each in lists):
+        raise ModelError(
+            f"{source / CONFIG}: {TOKENS} is not as qlora wrote it (got {str(said)[:80]})",
+            why="it names, for the embedding and for a head of its own, the same ids in rising order",
+            fix="take the adapter from a copy or a checkpoint, or train again",
+        )
+    return tuple(lists[0])
+
+
+def _rising(ids: Any) -> bool:
+    whole = isinstance(ids, list) and bool(ids) and all(type(i) is int for i in ids)
+    return whole and all(a < b for a, b in pairwise(ids))
+
+
+def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(tensors of layers, rows of new tokens) of an adapter."""
+    rows = {key: value for key, value in tensors.items() if key.endswith(TOKEN_ROWS)}
+    return {key: value for key, value in tensors.items() if key not in rows}, rows

@@ -15,8 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from qlora_cli.cache.entries import Cache
 from qlora_cli.errors import ModelError
-from qlora_cli.model.cache import Cache
 from qlora_cli.model.folder import BaseFolder, read_json
 from qlora_cli.model.lora import linear_shape
 from qlora_cli.model.nf4 import (

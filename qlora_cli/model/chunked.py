@@ -77,7 +77,8 @@ def chunked_loss(model: Any, inputs: Mapping[str, Any], targets: Tensor, labels:
 
 def difference(model: Any, loss: ChunkedLoss, inputs: Mapping[str, Any], targets: Tensor, labels: Tensor) -> float:
     """The largest relative difference between `loss` and the model's own loss, of: what the head reads, the loss, and
-    its gradient with respect to what the head reads. Infinite where the model does not work that way at all.
+    its gradients with respect to what the head reads and to rows of it that are trained. Infinite where the model does
+    not work that way at all.
 
     Nothing is dropped out, nothing is added to a gradient, and the random state stays what it was.
     """
@@ -85,35 +86,40 @@ def difference(model: Any, loss: ChunkedLoss, inputs: Mapping[str, Any], targets
         return math.inf
     devices = [targets.device] if targets.device.type == "cuda" else []
     with evaluating(model), torch.random.fork_rng(devices=devices), torch.enable_grad():
-        own = _own(model, loss.head.layer, inputs, targets, labels)
+        own = _own(model, loss.head, inputs, targets, labels)
         hidden = loss.hidden(inputs, targets).detach().requires_grad_()
         value = loss.of_hidden(hidden, labels)
-        ours = (hidden.detach(), value.detach(), torch.autograd.grad(value, hidden)[0])
+        ours = (hidden.detach(), value.detach(), *torch.autograd.grad(value, [hidden, *_trained(loss.head)]))
     if own is None or own[0].shape != hidden.shape:
         return math.inf
     return max(_relative(found, wanted) for found, wanted in zip(ours, own, strict=True))
 
 
+def _trained(head: Head) -> list[nn.Parameter]:
+    """Trained rows of the head, in a list."""
+    return [head.rows.of_head] if head.rows and head.rows.of_head.requires_grad else []
+
+
 def _own(
-    model: Any, head: nn.Module, inputs: Mapping[str, Any], targets: Tensor, labels: Tensor
+    model: Any, head: Head, inputs: Mapping[str, Any], targets: Tensor, labels: Tensor
 ) -> tuple[Tensor, ...] | None:
-    """What the head reads at the targets, the loss, and its gradient with respect to the former, all by the model's own
-    forward; None if that does not call the head once."""
+    """What the head reads at the targets, the loss, and its gradients with respect to the former and to trained rows,
+    all by the model's own forward; None if that does not call the head once."""
     read: list[Tensor] = []
 
     def cut(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         read.append(args[0].detach().requires_grad_())
         return (read[-1], *args[1:])
 
-    handle = head.register_forward_pre_hook(cut)
+    handle = head.layer.register_forward_pre_hook(cut)
     try:
         value = plain_loss(model, inputs, targets, labels)
     finally:
         handle.remove()
     if len(read) != 1:
         return None
-    slope = torch.autograd.grad(value, read[0])[0]
-    return kept_targets(read[0].detach(), targets), value.detach(), kept_targets(slope, targets)
+    slope, *trained = torch.autograd.grad(value, [read[0], *_trained(head)])
+    return kept_targets(read[0].detach(), targets), value.detach(), kept_targets(slope, targets), *trained
 
 
 def _takes(module: nn.Module, inputs: Mapping[str, Any]) -> bool:

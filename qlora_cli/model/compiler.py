@@ -11,7 +11,7 @@ import shutil
 
 import torch
 
-from qlora_cli.model.cache import cache_place
+from qlora_cli.cache.entries import cache_place
 
 
 def why_no_compiler(device: torch.device) -> str:

@@ -17,7 +17,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 from qlora_cli.errors import MachineError, ModelError, QloraError
-from qlora_cli.files import MANIFEST, manifest_problems, sample_hash, sha256
+from qlora_cli.files import MANIFEST, is_folder, manifest_problems, sample_hash, sha256
 from qlora_cli.hub import hub_reachable
 
 INDEX = "model.safetensors.index.json"
@@ -64,14 +64,6 @@ def find_base(name: str, revision: str | None, weights: bool = True) -> BaseFold
     if weights:
         _check_weights(folder)
     return folder
-
-
-def is_folder(path: Path) -> bool:
-    """Whether it is a folder; a name that cannot be one is none."""
-    try:
-        return path.is_dir()
-    except OSError:  # a name too long for a file, say
-        return False
 
 
 def _from_hub(name: str, revision: str | None, weights: bool) -> BaseFolder:

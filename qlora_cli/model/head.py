@@ -9,6 +9,8 @@ For hidden states h, a head (W, b), a scale s and a soft cap c:
     u = s (W h + b)     z = c tanh(u / c), or u without a cap     loss = logsumexp(z) - z[label]
     dz = softmax(z) - onehot(label)     du = dz (1 - tanh(u / c)^2)     dh = s W^T du
 
+Of W some rows R may be trained (`tokens.py`); they stand in W where it is multiplied with, and dR = s du^T h there.
+
 z is computed in the type that the model computes in, all else in float32.
 """
 
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.model.loss import ROUND_TO
+from qlora_cli.model.tokens import TokenRows, rows_of
 
 SCALES = {
     "logit_scale": 1,  # Cohere
@@ -40,11 +43,13 @@ FEWEST_ROWS = 128
 
 @dataclass(frozen=True)
 class Head:
-    """[rows, hidden] -> [rows, vocabulary]: a frozen linear layer, a factor for its output, and a soft cap."""
+    """[rows, hidden] -> [rows, vocabulary]: a frozen linear layer, a factor for its output, a soft cap, and trained
+    rows of the layer's weight."""
 
     layer: nn.Linear
     scale: float = 1.0
     cap: float | None = None
+    rows: TokenRows | None = None
 
     @classmethod
     def of(cls, model: Any) -> Head:
@@ -54,7 +59,7 @@ class Head:
         for name, power in SCALES.items():
             scale *= (_number(config, name) or 1.0) ** power
         caps = [cap for name in CAPS if (cap := _number(config, name))]
-        return cls(model.get_output_embeddings(), scale, caps[0] if caps else None)
+        return cls(model.get_output_embeddings(), scale, caps[0] if caps else None, rows_of(model))
 
     def dtype(self) -> torch.dtype:
         """The type in which the model would multiply here."""
@@ -96,35 +101,40 @@ def head_loss(head: Head, hidden: Tensor, labels: Tensor, rows: int) -> Tensor:
     a time."""
     if not len(labels):
         return hidden.float().sum()  # zero, and still a function of `hidden`
-    found: Tensor = _HeadLoss.apply(head, hidden.to(head.dtype()), labels, rows, torch.is_grad_enabled())
+    trained, recording = head.rows.of_head if head.rows else None, torch.is_grad_enabled()
+    read = [each if each is None or recording else each.detach() for each in (hidden.to(head.dtype()), trained)]
+    found: Tensor = _HeadLoss.apply(head, *read, labels, rows)
     return found
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The sum; its gradient with respect to `hidden` is all that is saved."""
+    """The sum; its gradients with respect to `hidden` and trained rows are all that is saved."""
 
     @staticmethod
-    def forward(ctx: Any, head: Head, hidden: Tensor, labels: Tensor, rows: int, recording: bool) -> Tensor:
-        wanted = recording and ctx.needs_input_grad[1]
-        total, slope = _sum_and_slope(head, hidden, labels, rows, wanted)
-        ctx.save_for_backward(slope)
+    def forward(ctx: Any, head: Head, hidden: Tensor, trained: Tensor | None, labels: Tensor, rows: int) -> Tensor:
+        wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        total, *slopes = _sum_and_slopes(head, hidden, labels, rows, wanted)
+        ctx.save_for_backward(*slopes)
+        ctx.dtype = None if trained is None else trained.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (slope,) = ctx.saved_tensors
-        return None, slope * grad, None, None, None
+        slope, trained = ctx.saved_tensors
+        return None, slope * grad, None if trained is None else (trained * grad).to(ctx.dtype), None, None
 
 
-def _sum_and_slope(head: Head, hidden: Tensor, labels: Tensor, rows: int, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """The loss, and if `wanted` its gradient [N, hidden]. Rows of zeros make the last chunk a multiple of `ROUND_TO`;
-    what comes of them is cut off again."""
+def _sum_and_slopes(
+    head: Head, hidden: Tensor, labels: Tensor, rows: int, wanted: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, and if `wanted` its gradients [N, hidden] and, float32, of trained rows. Rows of zeros make the last
+    chunk a multiple of `ROUND_TO`; what comes of them is cut off again."""
     count = len(labels)
     missing = -count % ROUND_TO
     hidden, labels = nn.functional.pad(hidden, (0, 0, 0, missing)), nn.functional.pad(labels, (0, missing))
     chunks = _Chunks(head, hidden, min(rows, len(labels)), wanted)
     losses = [chunks.losses(part, labels[part]) for part in chunks.parts(len(labels))]
-    return torch.cat(losses)[:count].sum(), None if chunks.slope is None else chunks.slope[:count]
+    return torch.cat(losses)[:count].sum(), None if chunks.slope is None else chunks.slope[:count], chunks.trained_slope
 
 
 class _Chunks:
@@ -138,6 +148,10 @@ class _Chunks:
         at_once = min(rows, ROWS_AT_ONCE.get(hidden.device.type, rows))
         self._logits = torch.empty_like(self._product[:at_once], dtype=torch.float32)
         self.slope = torch.empty_like(hidden) if wanted else None
+        self._ids = head.rows.ids if head.rows else None
+        self._trained = head.rows.of_head.detach().to(hidden.dtype) if head.rows else None
+        trained = self._trained if wanted else None
+        self.trained_slope = None if trained is None else torch.zeros_like(trained, dtype=torch.float32)
 
     def parts(self, count: int) -> list[slice]:
         """Each chunk's rows."""
@@ -150,9 +164,20 @@ class _Chunks:
         pieces = zip(product.split(len(self._logits)), labels.split(len(self._logits)), strict=True)
         found = torch.cat([self._losses(*piece) for piece in pieces])
         if self.slope is not None:
-            torch.mm(product, self._weight, out=self.slope[part])
-            self.slope[part].mul_(self._head.scale)
+            self._slopes(product, self._hidden[part], self.slope[part])
         return found
+
+    def _slopes(self, product: Tensor, hidden: Tensor, slope: Tensor) -> None:
+        """Gradients of a chunk, from those with respect to `product`."""
+        trained, total, scale = self._trained, self.trained_slope, self._head.scale
+        if trained is None or total is None or self._ids is None:
+            torch.mm(product, self._weight, out=slope)
+        else:
+            new = product.index_select(1, self._ids)
+            torch.mm(product.index_fill_(1, self._ids, 0), self._weight, out=slope)
+            slope.addmm_(new, trained)
+            total.addmm_(new.T.float(), hidden.float(), alpha=scale)
+        slope.mul_(scale)
 
     def _losses(self, product: Tensor, labels: Tensor) -> Tensor:
         """Losses of a few rows, whose gradients with respect to `product` are written over it."""
@@ -170,6 +195,8 @@ class _Chunks:
             torch.mm(hidden, self._weight.T, out=out)
         else:
             torch.addmm(self._bias, hidden, self._weight.T, out=out)
+        if self._trained is not None and self._ids is not None:
+            out.index_copy_(1, self._ids, hidden @ self._trained.T)
 
     def _shape(self, product: Tensor) -> Tensor | None:
         """Scales and caps `product` in place, step by step as models do, in their type: a cap of 30 in bfloat16 moves

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.errors import RecipeError
 from qlora_cli.model.nf4 import Desk, is_four_bit
+from qlora_cli.model.tokens import rows_of
 from qlora_cli.recipe.schema import LoraSection
 
 
@@ -149,10 +150,15 @@ def _no_match(layers: Mapping[str, nn.Module], target: str) -> dict[str, nn.Modu
     )
 
 
+def stored_in(lora: LoraSection, compute_dtype: torch.dtype) -> torch.dtype:
+    """The type that trained values are kept in."""
+    return torch.float32 if lora.dtype == "float32" else compute_dtype
+
+
 def attach(model: Any, lora: LoraSection, compute_dtype: torch.dtype, seed: int) -> dict[str, LoraLinear]:
     """Freezes the model and puts an adapter beside every target layer; returns them by the layer's full name."""
     model.requires_grad_(False)
-    dtype = torch.float32 if lora.dtype == "float32" else compute_dtype
+    dtype = stored_in(lora, compute_dtype)
     adapters = {}
     for name, layer in target_layers(model, lora.targets).items():
         adapters[name] = LoraLinear(layer, lora.r, scaling_of(lora), lora.dropout, dtype)
@@ -163,14 +169,18 @@ def attach(model: Any, lora: LoraSection, compute_dtype: torch.dtype, seed: int)
 
 @contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
-    """Within it, the model computes as its base does."""
+    """Within it, the model computes as its base does; one with new tokens, with the mean of its rows for them."""
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    scalings = [layer.scaling for layer in layers]
+    scalings, rows = [layer.scaling for layer in layers], rows_of(model)
     for layer in layers:
         layer.scaling = 0.0
+    if rows is not None:
+        rows.active = False
     try:
         yield
     finally:
+        if rows is not None:
+            rows.active = True
         for layer, scaling in zip(layers, scalings, strict=True):
             layer.scaling = scaling
 

@@ -21,9 +21,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from qlora_cli.cache.entries import Cache
 from qlora_cli.errors import ModelError
 from qlora_cli.files import write_json
-from qlora_cli.model.cache import Cache
 from qlora_cli.model.folder import INDEX, BaseFolder, read_json
 from qlora_cli.model.nf4 import Packed, as_parameter, four_bit_layers, stored_bytes, stored_packed
 from qlora_cli.model.quantizer import FourBitQuantizer, loading_config

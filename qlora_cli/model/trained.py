@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from qlora_cli.errors import ModelError
 from qlora_cli.files import disk_errors, staged_folder, write_manifest
 from qlora_cli.model.adapter import adapter_config, adapter_tensors, load_into, save_adapter
-from qlora_cli.model.lora import LoraLinear, attach
+from qlora_cli.model.lora import LoraLinear, attach, stored_in
+from qlora_cli.model.tokens import add_rows, widen
 from qlora_cli.recipe.schema import LoraSection
 
 Beside = Callable[[Path], None]
@@ -46,17 +47,27 @@ class Trained(Protocol):
 
 
 class TrainedAdapter:
-    """LoRA layers of a frozen base."""
+    """LoRA layers of a frozen base, and the embeddings of `new_tokens`."""
 
     kind = "adapter"
 
-    def __init__(self, model: Any, lora: LoraSection, base: str, dtype: torch.dtype, seed: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        lora: LoraSection,
+        base: str,
+        dtype: torch.dtype,
+        seed: int,
+        new_tokens: Sequence[int] = (),
+    ) -> None:
         self._model, self._lora, self._base = model, lora, base
         self.layers = attach(model, lora, dtype, seed)
+        self.rows = add_rows(model, new_tokens, stored_in(lora, dtype))
 
     def parameters(self) -> Sequence[torch.nn.Parameter]:
         """See `Trained`."""
-        return [p for layer in self.layers.values() for p in (layer.lora_a, layer.lora_b)]
+        factors = [p for layer in self.layers.values() for p in (layer.lora_a, layer.lora_b)]
+        return [*factors, *(self.rows.parameters() if self.rows else ())]
 
     def adapters(self) -> Sequence[LoraLinear]:
         """See `Trained`."""
@@ -64,25 +75,26 @@ class TrainedAdapter:
 
     def snapshot(self) -> dict[str, Tensor]:
         """See `Trained`."""
-        return adapter_tensors(self.layers)
+        return adapter_tensors(self.layers, self.rows)
 
     def restore(self, values: Mapping[str, Tensor]) -> None:
         """See `Trained`."""
-        load_into(self.layers, values, Path("memory"))
+        load_into(self.layers, values, Path("memory"), self.rows)
 
     def save(self, final: Path, beside: Beside) -> None:
         """See `Trained`."""
-        config = adapter_config(self._model, self.layers, self._lora, self._base)
+        config = adapter_config(self._model, self.layers, self._lora, self._base, self.rows)
         save_adapter(final, self.snapshot(), config, beside)
 
 
 class TrainedModel:
-    """Every weight of a model (full fine-tuning)."""
+    """Every weight of a model (full fine-tuning), which gets rows for `new_tokens`."""
 
     kind = "model"
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, new_tokens: Sequence[int] = ()) -> None:
         self._model = model
+        widen(model, new_tokens)
         self._before = self._sums()
         model.requires_grad_(True)
 

@@ -29,7 +29,8 @@ from qlora_cli.recipe.nodes import (
 from qlora_cli.recipe.schema import Recipe
 
 # What to write for the keys that have no default. A test compares them with the schema.
-EXAMPLES = {"model.base": "Qwen/Qwen3-8B", "data.train": "rows.jsonl"}
+EXAMPLES = {"model.base": "Qwen/Qwen3-8B"}
+OF_A_SOURCE = {"path": "rows.jsonl"}
 
 
 @dataclass
@@ -146,7 +147,8 @@ def _missing(table: Table, parts: tuple[str, ...], complaints: _Complaints) -> N
         return
     complaints.wrong.add(parts)
     key = ".".join(parts)
-    fix = f"write `{parts[-1]}: {EXAMPLES[key]}` under `{parts[0]}:`, or pass --set {key}={EXAMPLES[key]}"
+    example = EXAMPLES.get(key) or OF_A_SOURCE[parts[-1]]
+    fix = f"write `{parts[-1]}: {example}` under `{parts[-2]}:`, or pass --set {key}={example}"
     what = f"{key}: this key is required (got nothing)"
     why = f"this key means: {fields.meaning(fields.at(parts))}"
     complaints.findings.append(Finding(nearest_place(table, parts), what, why, fix))

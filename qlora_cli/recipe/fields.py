@@ -43,6 +43,19 @@ def keys_of(schema: Schema) -> Schema:
     return next((branch["properties"] for branch in branches(schema) if "properties" in branch), {})
 
 
+def below(schema: Schema, name: str) -> Schema | None:
+    """The schema of the key `name` of a section, or of any name in a mapping to sections; None where there is none."""
+    named = keys_of(schema).get(name)
+    if named is not None:
+        return dict(named)
+    inner = next((branch["additionalProperties"] for branch in branches(schema) if _maps(branch)), None)
+    return inner if inner is not None and keys_of(inner) else None
+
+
+def _maps(branch: Schema) -> bool:
+    return isinstance(branch.get("additionalProperties"), dict)
+
+
 def leaves() -> dict[str, Schema]:
     """Dotted key to schema of every key that holds a value."""
     return dict(_walk(recipe_schema(), ""))
@@ -57,7 +70,9 @@ def at(parts: tuple[str, ...]) -> Schema:
     """The schema of a known key."""
     schema = recipe_schema()
     for part in parts:
-        schema = keys_of(schema)[part]
+        inner = below(schema, part)
+        assert inner is not None, f"no key {part} of {parts}"
+        schema = inner
     return schema
 
 
@@ -66,9 +81,10 @@ def known_part(parts: tuple[object, ...]) -> tuple[str, ...]:
     schema = recipe_schema()
     known: list[str] = []
     for part in map(str, parts):
-        if part not in keys_of(schema):
+        inner = below(schema, part)
+        if inner is None:
             break
-        schema = keys_of(schema)[part]
+        schema = inner
         known.append(part)
     return tuple(known)
 
@@ -135,13 +151,21 @@ def _array(branch: Schema) -> str:
 
 
 def _object(branch: Schema) -> str:
-    return "a section of keys" if "properties" in branch else "a mapping of text to text"
+    if "properties" in branch:
+        return "a section of keys"
+    return "a mapping of names to sections" if keys_of(branch["additionalProperties"]) else "a mapping of text to text"
+
+
+def _text(branch: Schema) -> str:
+    if "pattern" in branch:
+        return str(branch["title"])
+    return "text" if "minLength" not in branch else "text that is not empty"
 
 
 _PHRASES = {
     "integer": lambda branch: _numeric("a whole number", branch),
     "number": lambda branch: _numeric("a number", branch),
-    "string": lambda branch: "text" if "minLength" not in branch else "text that is not empty",
+    "string": _text,
     "boolean": lambda branch: "true or false",
     "null": lambda branch: "null",
     "array": _array,

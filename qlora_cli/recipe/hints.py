@@ -89,7 +89,7 @@ def _all_keys() -> list[str]:
 
 def _nearest_key(section: str, name: str) -> str | None:
     """A misspelt key of the same section, else of any section, else of another tool."""
-    own = {key.rsplit(".", 1)[-1]: key for key in _all_keys() if key.rpartition(".")[0] == section}
+    own = {key: f"{section}.{key}".lstrip(".") for key in _keys_of(section)}
     other = (
         SYNONYMS | {key.rsplit(".", 1)[-1]: key for key in reversed(_all_keys())} | {key: key for key in _all_keys()}
     )
@@ -99,9 +99,12 @@ def _nearest_key(section: str, name: str) -> str | None:
     return None
 
 
+def _keys_of(section: str) -> list[str]:
+    return list(fields.keys_of(fields.at(tuple(section.split("."))) if section else fields.recipe_schema()))
+
+
 def _keys_there(section: str) -> str:
-    names = fields.keys_of(fields.at((section,)) if section else fields.recipe_schema())
-    return f"remove it; the keys {f'of {section}' if section else 'at the top'} are: {', '.join(names)}"
+    return f"remove it; the keys {f'of {section}' if section else 'at the top'} are: {', '.join(_keys_of(section))}"
 
 
 def _quoted(schema: fields.Schema, node: Node) -> str | None:

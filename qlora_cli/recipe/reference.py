@@ -54,8 +54,18 @@ def recipe_markdown() -> str:
     top = {EXTENDS: _EXTENDS, **{key: schema for key, schema in fields.leaves().items() if "." not in key}}
     parts = [_HEAD, *_section("Top level", "", top)]
     for name, section in fields.sections().items():
-        parts += _section(f"`{name}`", fields.meaning(section), fields.keys_of(section))
+        parts += _tables(name, section)
     return "\n".join(parts)
+
+
+def _tables(name: str, section: fields.Schema) -> Iterator[str]:
+    """The table of a section, and those of the sections in it."""
+    keys = fields.keys_of(section)
+    inner = {key: schema for key, schema in keys.items() if fields.keys_of(schema)}
+    named = {f"{key}.NAME": found for key in keys if key not in inner and (found := fields.below(keys[key], "NAME"))}
+    yield from _section(f"`{name}`", fields.meaning(section), {k: v for k, v in keys.items() if k not in inner})
+    for key, schema in (inner | named).items():
+        yield from _tables(f"{name}.{key}", schema)
 
 
 def _section(title: str, text: str, keys: dict[str, fields.Schema]) -> Iterator[str]:

@@ -7,7 +7,7 @@ have their defaults, and names every key it read, the one most likely at fault f
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from qlora_cli.recipe.scalars import written
@@ -15,10 +15,18 @@ from qlora_cli.recipe.schema import QuantizationSection, Recipe
 
 # The fields of a row, by `data.format`.
 FIELDS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt-completion": ("prompt", "completion"),
+    "messages": ("messages", "tools"),
+    "sharegpt": ("conversations", "system", "tools"),
     "alpaca": ("instruction", "input", "output"),
+    "prompt-completion": ("prompt", "completion", "tools"),
     "text": ("text",),
+    "oasst": ("prompt",),
+    "guanaco": ("text",),
+    "self-instruct": ("prompt", "completion"),
+    "chip2": ("text",),
+    "hh-rlhf": ("chosen",),
+    "longform": ("input", "output"),
+    "unnatural-instructions": ("instances",),
 }
 
 
@@ -127,6 +135,51 @@ def _idle_quantization(recipe: Recipe) -> Iterator[Clash]:
             yield Clash((f"quantization.{name}", "quantization.type"), what, "nothing is stored in 4 bits", fix)
 
 
+def _one_source(recipe: Recipe) -> Iterator[Clash]:
+    train, sources = recipe.data.train, recipe.data.sources
+    keys = ("data.train", "data.sources")
+    if train is None and not sources:
+        what = "one of data.train and data.sources is required (got neither)"
+        fix = "write `train: rows.jsonl` under `data:`, or pass --set data.train=rows.jsonl"
+        yield Clash(keys, what, "there is nothing to train on", fix)
+    if train is not None and sources:
+        what = f"only one of data.train and data.sources may be set (got {train!r} and {len(sources)} sources)"
+        fix = "move it into data.sources, or set the other to null: --set data.train=null"
+        yield Clash(keys, what, "all training rows are named in one place", fix)
+
+
+def _idle_mix(recipe: Recipe) -> Iterator[Clash]:
+    data = recipe.data
+    if data.mix == "interleave" and len(data.named) < 2:
+        what = "interleave needs several sources (got one)"
+        why = "there is nothing to mix"
+        yield Clash(("data.mix", "data.sources"), what, why, "--set data.mix=concat, or name them in data.sources")
+    if data.mix == "concat" and data.stop != "first_exhausted":
+        what = f"has no effect with data.mix concat (got {data.stop})"
+        why = "every epoch has all rows of all sources"
+        yield Clash(("data.stop", "data.mix"), what, why, "--set data.mix=interleave, or remove data.stop")
+
+
+def _idle_cut(recipe: Recipe) -> Iterator[Clash]:
+    data = recipe.data
+    if data.truncate != "end" and data.too_long != "truncate":
+        what = f"has no effect with data.too_long {data.too_long} (got {data.truncate})"
+        fix = "--set data.too_long=truncate, or remove data.truncate"
+        yield Clash(("data.truncate", "data.too_long"), what, "rows are not cut", fix)
+    texts = {source.format or data.format for source in data.named.values()} <= {"text"}
+    if data.too_long == "split" and not texts:
+        what = "split needs data.format text (got split)"
+        why = "a piece of a conversation would be an answer without its question"
+        yield Clash(("data.too_long", "data.format"), what, why, "--set data.too_long=truncate")
+
+
+def _idle_limit(recipe: Recipe) -> Iterator[Clash]:
+    if recipe.data.limits.bad is not None and recipe.data.on_bad_row == "error":
+        what = f"has no effect with data.on_bad_row error (got {recipe.data.limits.bad})"
+        why = "the first bad row ends the run"
+        yield Clash(("data.limits.bad", "data.on_bad_row"), what, why, "--set data.on_bad_row=skip")
+
+
 def _two_held_out(recipe: Recipe) -> Iterator[Clash]:
     data = recipe.data
     if data.eval is not None and data.eval_split is not None:
@@ -174,14 +227,26 @@ def _template_of_text(recipe: Recipe) -> Iterator[Clash]:
 
 
 def _columns(recipe: Recipe) -> Iterator[Clash]:
-    known = FIELDS[recipe.data.format]
-    for name in recipe.data.columns:
+    yield from _unknown_fields("data", recipe.data.format, recipe.data.columns)
+    for name, source in recipe.data.sources.items():
+        columns = source.columns or {}
+        yield from _unknown_fields(f"data.sources.{name}", source.format or recipe.data.format, columns)
+
+
+def _unknown_fields(section: str, row_format: str, columns: Mapping[str, str]) -> Iterator[Clash]:
+    if row_format == "auto" and columns:
+        what = "needs a data.format that is named (got auto)"
+        fix = "name the format whose fields these are, e.g. --set data.format=prompt-completion"
+        yield Clash((f"{section}.columns", f"{section}.format"), what, "columns are mapped to a format's fields", fix)
+        return
+    known = FIELDS.get(row_format, ())
+    for name in columns:
         if name not in known:
-            what = f"data.format {recipe.data.format} has no field of this name (got {name!r})"
+            what = f"data.format {row_format} has no field of this name (got {name!r})"
             why = f"its fields are: {', '.join(known)}"
             near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
             fix = f"did you mean {near[0]}? write FIELD: COLUMN" if near else "write FIELD: COLUMN, or set data.format"
-            yield Clash((f"data.columns.{name}", "data.format"), what, why, fix)
+            yield Clash((f"{section}.columns.{name}", f"{section}.format"), what, why, fix)
 
 
 # Key, value, and why the CPU cannot do it; the last is the value to use instead.
@@ -212,6 +277,10 @@ RULES: tuple[Rule, ...] = (
     _long_warmup,
     _full_fine_tuning,
     _idle_quantization,
+    _one_source,
+    _idle_mix,
+    _idle_cut,
+    _idle_limit,
     _two_held_out,
     _nothing_held_out,
     _single_evaluation,

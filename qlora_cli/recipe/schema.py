@@ -8,18 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Name = Annotated[str, Field(min_length=1)]
-Dtype = Literal["bfloat16", "float16", "float32"]
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys refused, values of the stated type only, unchangeable once made."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=False)
+from qlora_cli.recipe.data_schema import DataSection
+from qlora_cli.recipe.section import Name, PositiveInt, Section
 
 
 class ModelSection(Section):
@@ -88,38 +80,6 @@ class LoraSection(Section):
     dtype: Literal["compute", "float32"] = Field(
         "float32",
         description="Type of the stored adapter weights; matrix products run in the compute dtype either way.",
-    )
-
-
-class DataSection(Section):
-    """Rows, and what of them carries loss."""
-
-    train: Name = Field(description="Training rows: a local .jsonl file or the Hub id of a dataset.")
-    split: Name = Field("train", description="Split of a Hub dataset to train on.")
-    eval: Name | None = Field(
-        None, description="Held-out rows: a local .jsonl file, or a Hub id with its split: ID:SPLIT."
-    )
-    eval_split: PositiveInt | Share | None = Field(
-        None, description="Hold out this many training rows (a count, or a share below 1), chosen by content hash."
-    )
-    format: Literal["messages", "prompt-completion", "alpaca", "text"] = Field(
-        "messages", description="Shape of a row."
-    )
-    columns: dict[Name, Name] = Field(
-        default_factory=dict, description="Names that differ in your rows, as FIELD: COLUMN (e.g. `prompt: input`)."
-    )
-    template: Literal["auto", "tokenizer", "alpaca", "none"] = Field(
-        "auto",
-        description="`tokenizer`: its own chat template; `alpaca`: instruction and response under headings; `none`: "
-        "plain text, the tokenizer's EOS after each answer; `auto`: `tokenizer` for `messages`, the tokenizer's or "
-        "else `alpaca` for `alpaca`, `none` for the others.",
-    )
-    max_length: PositiveInt = Field(1024, description="Most tokens of a row.")
-    too_long: Literal["drop", "truncate", "error"] = Field(
-        "drop", description="A longer row: leave it out, cut its end (the end-of-turn token stays), or stop."
-    )
-    loss_on: Literal["assistant", "last", "all"] = Field(
-        "assistant", description="Tokens that carry loss: every answer, the last answer only, or everything."
     )
 
 
@@ -201,7 +161,7 @@ class Recipe(Section):
     lora: LoraSection | None = Field(
         default_factory=LoraSection, description="The adapter; null: full fine-tuning of every weight."
     )
-    data: DataSection = Field(description="Rows, and what of them carries loss.")
+    data: DataSection = Field(default_factory=DataSection, description="Rows, and what of them carries loss.")
     train: TrainSection = Field(default_factory=TrainSection, description="The training loop.")
     eval: EvalSection = Field(default_factory=EvalSection, description="Evaluation during training.")
     save: SaveSection = Field(default_factory=SaveSection, description="Checkpoints.")

@@ -16,12 +16,14 @@ from qlora_cli.evaluation.perplexity import EvalResult, evaluate
 from qlora_cli.model.engine import build_engine
 from qlora_cli.model.folder import is_folder
 from qlora_cli.model.ranks import Ranks
+from qlora_cli.model.tokens import make_room
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.training.guard import memory_guard
 from qlora_cli.workflows.card import RECIPE_FILE
 from qlora_cli.workflows.events import Emit, Stage, eval_json
 from qlora_cli.workflows.locate import Found, find, is_model, load_model, tell_changes, tokenizer_of
+from qlora_cli.workflows.rows import setting_of
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,21 @@ def run_eval(target: str, adapter: Path | None, emit: Emit, allow_changed_base: 
     """Evaluates a run's adapter, or a recipe's base (with `adapter`, when given). Data and base are read anew."""
     found = _find(target, adapter)
     recipe = found.recipe
-    rows, sources = load_held_out(recipe.data, tokenizer_of(found))
+    tokenizer = tokenizer_of(found)
+    rows, sources = load_held_out(recipe.data, setting_of(recipe, tokenizer, emit))
     if found.adapter is not None:
         tell_changes("data", sources, found.adapter, emit)
     emit(Stage(f"loading {recipe.model.base}"))
     with memory_guard("loading the base model"):
         loaded = load_model(found, emit, allow_changed_base)
+        if found.adapter is None:  # a bare base has no embeddings yet of the tokens that the recipe adds
+            make_room(loaded.model, len(tokenizer))
     emit(Stage(f"evaluating on {len(rows):,} held-out rows"))
     with memory_guard("evaluating"):
         engine = build_engine(loaded.model, (), compiled=False)
         batching = Batching(recipe.eval.batch_size, recipe.data.max_length, engine.packs)
         result = evaluate(loaded.model, engine.loss, rows, batching, Ranks(loaded.device))
-    return EvalOutcome(recipe.model.base, found.adapter, recipe.data.eval or recipe.data.train, result)
+    return EvalOutcome(recipe.model.base, found.adapter, recipe.data.eval or recipe.data.title, result)
 
 
 def _find(target: str, adapter: Path | None) -> Found:
@@ -75,7 +80,8 @@ def _find(target: str, adapter: Path | None) -> Found:
         return find(target, None) if is_folder(path) else _base_of(load_recipe(target).recipe)
     rows = find(target, None).recipe if is_folder(path) else load_recipe(target).recipe
     trained = find(None, adapter)
-    data = rows.data.model_copy(update={"template": trained.recipe.data.template})
+    theirs = trained.recipe.data
+    data = rows.data.model_copy(update={"template": theirs.template, "new_tokens": theirs.new_tokens})
     return Found(trained.recipe.model_copy(update={"data": data, "eval": rows.eval}), trained.adapter)
 
 

@@ -16,13 +16,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from pydantic import Field
 
+from qlora_cli.cache.entries import Cache, find_cache
 from qlora_cli.errors import ModelError
-from qlora_cli.model.adapter import CONFIG, load_into, read_adapter
+from qlora_cli.model.adapter import CONFIG, put_adapter
 from qlora_cli.model.base import is_packed, load_base, load_config, load_tokenizer, stored_quantization
-from qlora_cli.model.cache import Cache, find_cache
 from qlora_cli.model.device import compute_dtype, find_machine
 from qlora_cli.model.folder import INDEX, BaseFolder, check_manifest, find_base, is_folder
-from qlora_cli.model.lora import attach
 from qlora_cli.model.record import Record, read_record
 from qlora_cli.recipe.schema import DataSection, ModelSection, QuantizationSection, Recipe
 from qlora_cli.recipe.snapshot import read_resolved
@@ -292,5 +291,5 @@ def load_model(found: Found, emit: Emit, allow_changed_base: bool = False) -> Lo
     if found.adapter is not None:
         lora = loaded.recipe.lora
         assert lora is not None, "an adapter's recipe has a lora section"
-        load_into(attach(loaded.model, lora, loaded.dtype, seed=0), read_adapter(found.adapter)[1], found.adapter)
+        put_adapter(loaded.model, lora, loaded.dtype, found.adapter)
     return replace(loaded, model=loaded.model.eval())

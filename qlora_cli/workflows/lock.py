@@ -11,8 +11,8 @@ import sys
 from typing import Any
 
 from qlora_cli import __version__
+from qlora_cli.cache.entries import Cache
 from qlora_cli.files import sha256
-from qlora_cli.model.cache import Cache
 from qlora_cli.workflows.prepare import Prepared
 
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers")

@@ -23,9 +23,10 @@ from qlora_cli.errors import DataError, ModelError
 from qlora_cli.evaluation.divergence import Divergence, diverge
 from qlora_cli.export.memory import return_freed_memory
 from qlora_cli.export.merge import Delta, Kind, Merger, deltas, merged_bytes
+from qlora_cli.export.tokens import NewRows, new_rows
 from qlora_cli.export.weights import BaseWeights
 from qlora_cli.files import disk_errors, staged_folder, write_json, write_manifest, write_text
-from qlora_cli.model.adapter import read_adapter
+from qlora_cli.model.adapter import parted, read_adapter, token_ids
 from qlora_cli.model.base import GENERATION_CONFIG, load_base
 from qlora_cli.model.folder import BaseFolder, read_json
 from qlora_cli.recipe.schema import DataSection, QuantizationSection
@@ -35,6 +36,7 @@ from qlora_cli.workflows.events import Emit, Fact, Meter, Notice, Saved, Stage
 from qlora_cli.workflows.locate import MERGED, Loaded, base_folder, load_model, origin_of, tell_changes
 from qlora_cli.workflows.mergeable import Mergeable, check_mergeable, check_settings, default_output, find_adapter
 from qlora_cli.workflows.receipt import LEAST_SURVIVAL, Candidate, Receipt, merged_card
+from qlora_cli.workflows.rows import setting_of
 from qlora_cli.workflows.rundir import check_replaceable, check_space
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -98,34 +100,39 @@ class _Job:
         self._stop_ids = turn_encoder(source.tokenizer, data.template, data.format).stop_ids
         self._rows, self._rows_from = self._read_rows(data) if options.verify else ((), "")
         self._weights = BaseWeights(source.folder, source.found.recipe.quantization, source.dtype, source.device)
-        self._deltas = self._read_deltas()
+        self._deltas, self._new = self._read_adapter()
         self._candidates = self._possible()
         needed = max(merged_bytes(self._weights, each.base, DTYPES[each.dtype]) for each in self._candidates)
         check_space(output, needed * min(2, len(self._candidates)))
 
-    def _read_deltas(self) -> dict[str, Delta]:
+    def _read_adapter(self) -> tuple[dict[str, Delta], dict[str, NewRows]]:
         adapter, lora = self._source.adapter, self._source.found.recipe.lora
         assert lora is not None, "an adapter's recipe has a lora section"
         config, tensors = read_adapter(adapter)
         check_settings(config, lora, adapter)
-        found = deltas(self._weights, tensors, lora, adapter)
+        layers, tokens = parted(tensors)
+        found = deltas(self._weights, layers, lora, adapter)
+        ids = token_ids(config, adapter)
+        rows = new_rows(self._weights, ids, tokens, adapter)
         four_bit = sum(layer.four_bit for layer in self._weights.layers.values())
         self._emit(Fact("base", f"{self._source.folder.name}, {four_bit} layers in 4 bits"))
-        self._emit(Fact("adapter", f"{adapter}, {len(found)} layers"))
-        return found
+        new = f", {len(ids)} new tokens" if ids else ""
+        self._emit(Fact("adapter", f"{adapter}, {len(found)} layers{new}"))
+        return found, rows
 
     def _read_rows(self, data: DataSection) -> tuple[Sequence[Encoded], str]:
         """Rows to compare on, and where they come from."""
-        count, tokenizer = self._options.verify_rows, self._source.tokenizer
+        count = self._options.verify_rows
         if self._options.verify_data is not None:
             data = data.model_copy(update={"eval": str(self._options.verify_data), "eval_split": None})
+        setting = setting_of(self._source.found.recipe, self._source.tokenizer, self._emit)
         try:
             if data.eval is None and data.eval_split is None:
                 self._emit(Notice("the run held no rows out: the models are compared on rows that it trained on"))
-                return load_data(data, tokenizer).train[:count], f"{data.train} (trained on)"
-            rows, sources = load_held_out(data, tokenizer)
+                return load_data(data, setting).train[:count], f"{data.title} (trained on)"
+            rows, sources = load_held_out(data, setting)
             tell_changes("data", sources, self._source.adapter, self._emit)
-            return rows[:count], data.eval or f"{data.train} (held out)"
+            return rows[:count], data.eval or f"{data.title} (held out)"
         except DataError as error:
             raise DataError(
                 f"no rows to compare the merged model on: {error.problems[0].what}",
@@ -199,7 +206,7 @@ class _Job:
 
     def _attempt(self, candidate: Candidate, folder: Path) -> Receipt:
         """Writes one candidate, reads it back and compares it."""
-        merger = Merger(self._weights, self._deltas, candidate.base, DTYPES[candidate.dtype])
+        merger = Merger(self._weights, self._deltas, candidate.base, DTYPES[candidate.dtype], self._new)
         total = sum(self._weights.source.entries[name].bytes for name in self._weights.names)
         merger.write(folder, Meter(f"merging, {candidate}", total, self._emit))
         divergence = self._compare(folder, candidate) if self._rows else None

@@ -7,7 +7,7 @@ estimates and are called that.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from qlora_cli.model.head import CAPS
 from qlora_cli.model.lora import adapter_parameters, linear_layers, linear_shape, target_layers
 from qlora_cli.model.nf4 import four_bit_layers
 from qlora_cli.model.quantizer import four_bit_skeleton
+from qlora_cli.model.tokens import check_ids, token_layers
 from qlora_cli.recipe.schema import QuantizationSection, Recipe
 from qlora_cli.workflows.events import size
 from qlora_cli.workflows.memory import Load, Shape, block_of, load_of, plan_memory, total
@@ -86,6 +87,18 @@ def shape_of(skeleton: Any, recipe: Recipe) -> Shape:
     )
 
 
+def with_tokens(shape: Shape, skeleton: Any, recipe: Recipe, new_tokens: Sequence[int]) -> Shape:
+    """The shape with the embeddings of `new_tokens` (ids, rising). Raises `ModelError` where they cannot be trained."""
+    if not new_tokens:
+        return shape
+    embedding = skeleton.get_input_embeddings()
+    per_token = len(token_layers(skeleton).names) * embedding.embedding_dim
+    rows = check_ids(new_tokens, embedding.num_embeddings)
+    parameters = shape.parameters + (rows - embedding.num_embeddings) * per_token
+    trainable = shape.trainable + len(new_tokens) * per_token if recipe.lora else parameters
+    return replace(shape, parameters=parameters, trainable=trainable, vocabulary=rows)
+
+
 def four_bit_shapes(skeleton: Any, section: QuantizationSection) -> dict[str, tuple[int, int]]:
     """(out, in) of every layer that `section` puts in 4 bits. Changes the skeleton."""
     if section.type == "none":
@@ -120,8 +133,9 @@ def steps_and_rows(recipe: Recipe, order: Order) -> tuple[int, int]:
 
 def order_of(recipe: Recipe, data: TokenData) -> Order:
     """The order in which the recipe draws its rows."""
-    lengths = tuple(len(row) for row in data.train)
-    return Order(lengths, recipe.train.batch_size, recipe.train.seed, recipe.train.group_by_length)
+    return Order(
+        tuple(data.train.lengths.tolist()), recipe.train.batch_size, recipe.train.seed, recipe.train.group_by_length
+    )
 
 
 def worth_compiling(recipe: Recipe, tokens: int, parameters: int, device: str) -> bool:

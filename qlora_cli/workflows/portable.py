@@ -20,7 +20,7 @@ from torch import Tensor
 from qlora_cli import __version__
 from qlora_cli.errors import ModelError, Problem
 from qlora_cli.files import disk_errors, staged_folder, write_json, write_manifest, write_text
-from qlora_cli.model.adapter import CONFIG, WEIGHTS, learned_something, read_adapter
+from qlora_cli.model.adapter import CONFIG, WEIGHTS, learned_something, read_adapter, token_ids
 from qlora_cli.model.lora import scaling_of
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import LoraSection, Recipe
@@ -60,6 +60,7 @@ def run_portable(options: MergeOptions, emit: Emit) -> PortableResult:
     check_replaceable(output, options.overwrite, PORTABLE, [folder])
     config, tensors = read_adapter(folder)
     check_settings(config, lora, folder)
+    _check_tokens(token_ids(config, folder), folder)
     _check_pairs(tensors, lora.r, folder)
     check_space(output, sum(tensor.numel() * 4 for tensor in tensors.values()))
     scaling = scaling_of(lora)
@@ -80,6 +81,15 @@ def run_portable(options: MergeOptions, emit: Emit) -> PortableResult:
         write_manifest(staging)
     emit(Saved("portable adapter", output))
     return PortableResult(output, scaling, error)
+
+
+def _check_tokens(ids: tuple[int, ...], folder: Path) -> None:
+    if ids:
+        raise ModelError(
+            f"{folder} holds the embeddings of {len(ids)} new tokens, which no portable adapter can",
+            why="servers that read adapters (llama.cpp, vLLM) have no place for rows of an embedding",
+            fix="merge it into its base: leave --portable-adapter out",
+        )
 
 
 def _check_pairs(tensors: Mapping[str, Tensor], rank: int, folder: Path) -> None:

@@ -21,7 +21,8 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.training.optim import paging_note
 from qlora_cli.workflows.events import Emit, Fact, Notice, Stage, size
 from qlora_cli.workflows.fits import Needs, settled
-from qlora_cli.workflows.plan import Plan, check_length, make_plan, shape_of
+from qlora_cli.workflows.plan import Plan, check_length, make_plan, order_of, shape_of, with_tokens
+from qlora_cli.workflows.rows import packing_share, setting_of
 from qlora_cli.workflows.storage import check_blocks, check_stored
 
 
@@ -36,6 +37,8 @@ class Prepared:
     tokenizer: Any
     data: TokenData
     plan: Plan
+    new_tokens: tuple[int, ...]
+    """Ids of the special tokens that the tokenizer gained, or the recipe names: their embeddings are trained."""
 
 
 def local_rank() -> int:
@@ -59,13 +62,18 @@ def prepare(loaded: LoadedRecipe, weights: bool, emit: Emit) -> Prepared:
     shape = shape_of(skeleton, recipe)
     check_blocks(skeleton, recipe.quantization, machine.device)
     tokenizer = load_tokenizer(folder)
-    emit(Stage(f"reading {recipe.data.train}"))
-    data = load_data(recipe.data, tokenizer)
+    emit(Stage(f"reading {recipe.data.title}"))
+    data = load_data(recipe.data, setting_of(recipe, tokenizer, emit))
+    trained = {*data.chosen.added, *recipe.data.new_tokens}
+    new_tokens = tuple(sorted(tokenizer.convert_tokens_to_ids(sorted(trained))))
+    shape = with_tokens(shape, skeleton, recipe, new_tokens)
     _check_vocabulary(data, shape.vocabulary, recipe.model.base)
     plan = make_plan(recipe, shape, data, dtype, machine.device.type)
+    packing = packing_share(recipe, data, order_of(recipe, data), plan.rows)
+    data = replace(data, receipt=data.receipt.with_packing(packing))
     needs = settled(Needs(recipe, shape, plan.load, dtype, machine.device.type, free_memory(machine.device)))
     plan = replace(plan, memory=needs.parts, checkpointing=needs.recipe.train.gradient_checkpointing)
-    ready = Prepared(needs.recipe, machine, dtype, folder, tokenizer, data, plan)
+    ready = Prepared(needs.recipe, machine, dtype, folder, tokenizer, data, plan, new_tokens)
     for event in header(ready, needs):
         emit(event)
     check_memory(needs, weights, emit)
@@ -94,7 +102,7 @@ def weights_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
 
 
 def _check_vocabulary(data: TokenData, vocabulary: int, base: str) -> None:
-    largest = max(int(row.ids.max()) for row in (*data.train, *data.held_out))
+    largest = data.largest_id
     if largest >= vocabulary:
         raise ModelError(
             f"{base}: its tokenizer gives token {largest}, but the model has only {vocabulary} embeddings",

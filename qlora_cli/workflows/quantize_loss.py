@@ -6,14 +6,14 @@ Sees a model, rows and settings. Invariant: one model is in memory at a time, an
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora_cli.data.dataset import load_held_out
+from qlora_cli.data.dataset import Setting, load_held_out
 from qlora_cli.data.encode import Encoded
 from qlora_cli.data.formats import FORMATS, fitting
 from qlora_cli.data.sources import read_rows
@@ -36,7 +36,7 @@ class Rows:
     """The file, and what of it is measured."""
 
     file: str
-    encoded: tuple[Encoded, ...]
+    encoded: Sequence[Encoded]
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def read_rows_of(folder: BaseFolder, file: str, format_: str | None, max_length:
     section = DataSection.model_validate(
         {"train": file, "eval": file, "format": shape, "max_length": length, "template": template}
     )
-    encoded, _ = load_held_out(section, load_tokenizer(folder))
-    used, tokens = len({row.where for row in encoded}), sum(row.targets for row in encoded)
+    encoded, _ = load_held_out(section, Setting(load_tokenizer(folder)))
+    used, tokens = encoded.source_rows(), int(encoded.targets.sum())
     dropped = f"; {len(source) - used:,} left out, longer than {length:,} tokens or empty" if used < len(source) else ""
     emit(Fact("data", f"{used:,} of {len(source):,} rows of {file}, {tokens:,} tokens with loss{dropped}"))
     return Rows(file, encoded)

@@ -6,6 +6,7 @@ finite and changed; until then nothing stands under a final name.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import traceback
@@ -119,10 +120,13 @@ def _recorded(directory: RunDirectory) -> Iterator[None]:
         raise
 
 
-def _as_run(loaded: LoadedRecipe, path: Path, commit: str | None) -> LoadedRecipe:
-    """The recipe with the run directory that was chosen, and the Hub commit that was loaded, so that whoever reads it
-    later gets that very base."""
-    recipe, origins = loaded.recipe, dict(loaded.origins)
+def _as_run(loaded: LoadedRecipe, path: Path, ready: Prepared) -> LoadedRecipe:
+    """The recipe with the run directory and the template that were chosen, and the Hub commit that was loaded, so that
+    whoever reads it later gets that very base and those very turns."""
+    recipe, origins, commit = loaded.recipe, dict(loaded.origins), ready.folder.revision
+    if recipe.data.template == "auto":
+        data = recipe.data.model_copy(update={"template": ready.data.chosen.name})
+        recipe, origins["data.template"] = recipe.model_copy(update={"data": data}), "chosen for this run"
     if recipe.output != str(path):
         recipe, origins["output"] = recipe.model_copy(update={"output": str(path)}), "chosen for this run"
     if commit is not None:
@@ -139,7 +143,7 @@ class _Run:
     ) -> None:
         self.loaded, self.ready, self.ranks, self.directory = loaded, ready, ranks, directory
         self.recipe, self.total = ready.recipe, ready.plan.steps
-        self.resolved = resolved_yaml(_as_run(loaded, directory.path, ready.folder.revision))
+        self.resolved = resolved_yaml(_as_run(loaded, directory.path, ready))
         self._emit = emit
         self.best = Best(self.recipe.eval.patience)
         self.measured: tuple[int, EvalResult] | None = None
@@ -172,6 +176,8 @@ class _Run:
         directory.text("recipe.yaml", self.loaded.text)
         directory.text("resolved.yaml", self.resolved)
         directory.json("data_receipt.json", ready.data.receipt.as_json())
+        lost = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ready.data.lost_rows())
+        directory.text("data_rows.jsonl", lost)
         directory.json("plan.json", ready.plan.as_json())
         if self.ranks.is_main:
             directory.json("lock.json", lock(ready, cache_of(ready.recipe.quantization, self.tell)))
@@ -188,7 +194,8 @@ class _Run:
             self._tell_base(model, time.perf_counter() - started)
             set_checkpointing(model, recipe.train.gradient_checkpointing)
             lora, seed = recipe.lora, recipe.train.seed
-            trained = TrainedAdapter(model, lora, recipe.model.base, ready.dtype, seed) if lora else TrainedModel(model)
+            base, new = recipe.model.base, ready.new_tokens
+            trained = TrainedAdapter(model, lora, base, ready.dtype, seed, new) if lora else TrainedModel(model, new)
         return model, trained
 
     def _tell_base(self, model: Any, seconds: float) -> None:

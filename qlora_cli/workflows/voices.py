@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from qlora_cli.data.conversation import Message
@@ -18,11 +19,14 @@ from qlora_cli.data.turns import TurnEncoder, turn_encoder
 from qlora_cli.errors import DataError
 from qlora_cli.generation.decoder import Completion, Decoder, Finish, complete_all
 from qlora_cli.generation.sampling import Decoding, model_decoding
-from qlora_cli.model.adapter import read_adapter
+from qlora_cli.model.adapter import load_into, parted, read_adapter, token_ids
 from qlora_cli.model.decode import FastDecoding
+from qlora_cli.model.lora import stored_in
 from qlora_cli.model.switch import Adapters
+from qlora_cli.model.tokens import TokenSwitch
+from qlora_cli.recipe.schema import LoraSection
 from qlora_cli.workflows.events import Emit
-from qlora_cli.workflows.locate import Found, load_bare, tokenizer_of
+from qlora_cli.workflows.locate import Found, Loaded, load_bare, tokenizer_of
 from qlora_cli.workflows.text import TextStream
 
 Ended = Literal["stop token", "max_new_tokens", "positions", "interrupted"]
@@ -79,11 +83,41 @@ def voice_of(found: Found, tokenizer: Any) -> Voice:
     return Voice(tokenizer, turn_encoder(tokenizer, data.template, data.format))
 
 
+class Stack:
+    """The adapters of a bare base, each with its layers and its new tokens, of which at most one is in use."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._dtype = loaded.dtype
+        self._layers, self._tokens = Adapters(loaded.model, loaded.dtype), TokenSwitch(loaded.model)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order they were added."""
+        return self._layers.names
+
+    @property
+    def active(self) -> str | None:
+        """The one in use."""
+        return self._layers.active
+
+    def add(self, name: str, lora: LoraSection, folder: Path) -> None:
+        """Takes in the adapter of a folder; the one in use stays so. Raises `ModelError` where it does not fit."""
+        config, tensors = read_adapter(folder)
+        layers, tokens = parted(tensors)
+        load_into({}, tokens, folder, self._tokens.add(name, token_ids(config, folder), stored_in(lora, self._dtype)))
+        self._layers.add(name, lora, layers, folder)
+
+    def use(self, name: str | None) -> None:
+        """Puts adapter `name` in place; None leaves the bare base."""
+        self._layers.use(name)
+        self._tokens.use(name)
+
+
 class Voices:
     """A loaded base with its adapters. The bare base answers in the template of the adapter that spoke last, so that
     the adapter is all that differs."""
 
-    def __init__(self, adapters: Adapters, model: Any, voices: Mapping[str | None, Voice]) -> None:
+    def __init__(self, adapters: Stack, model: Any, voices: Mapping[str | None, Voice]) -> None:
         self._adapters, self._model, self._voices = adapters, model, voices
         self.voice = next(iter(voices.values()))
         self._decoder: Decoder | None = None
@@ -174,12 +208,12 @@ def load_voices(found: Mapping[str | None, Found], emit: Emit, allow_changed_bas
     the first one speaks."""
     first = next(iter(found.values()))
     loaded = load_bare(first, emit, allow_changed_base, [each.adapter for each in found.values() if each is not first])
-    adapters = Adapters(loaded.model, loaded.dtype)
+    adapters = Stack(loaded)
     voices = {}
     for name, each in found.items():
         voices[name] = voice_of(each, loaded.tokenizer if each is first else tokenizer_of(each))
         if name is not None:
             assert each.adapter is not None and each.recipe.lora is not None, "a name stands for an adapter"
-            adapters.add(name, each.recipe.lora, read_adapter(each.adapter)[1], each.adapter)
+            adapters.add(name, each.recipe.lora, each.adapter)
     adapters.use(next(iter(found)))
     return Voices(adapters, loaded.model, voices)

@@ -57,8 +57,8 @@ def ours(base: Path, cached: bool) -> dict[str, float]:
     import torch
     from transformers.models.llama import modeling_llama  # what from_pretrained would import while measured
 
+    from qlora_cli.cache.entries import find_cache
     from qlora_cli.model.base import load_base, report
-    from qlora_cli.model.cache import find_cache
     from qlora_cli.model.folder import find_base
     from qlora_cli.recipe.schema import ModelSection, QuantizationSection
 

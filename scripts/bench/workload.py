@@ -183,12 +183,12 @@ def tokenise(spec: Spec, folder: Path) -> dict[str, Any]:
     """tokens.jsonl: per row its ids and labels, in the order of our steps; returns counts per step."""
     from transformers import AutoTokenizer
 
-    from qlora_cli.data.dataset import load_data
+    from qlora_cli.data.dataset import Setting, load_data
     from qlora_cli.recipe.load import load_recipe
     from qlora_cli.workflows.plan import order_of
 
     loaded = load_recipe(str(folder / "recipe.yaml"), list(spec.overrides)).recipe
-    data = load_data(loaded.data, AutoTokenizer.from_pretrained(folder / "base"))
+    data = load_data(loaded.data, Setting(AutoTokenizer.from_pretrained(folder / "base")))
     order, total = order_of(loaded, data), spec.steps * spec.batch_size
     steps = [[data.train[i] for i in order.step_rows(step, total)] for step in range(spec.steps)]
     with (folder / "tokens.jsonl").open("w", encoding="utf-8") as file:

@@ -61,7 +61,14 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_what_exists_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     listed = capsys.readouterr().out.partition("Commands:")[2].split("\n")
-    assert [line.split()[0] for line in listed if line.strip()] == ["train", "eval", "merge", "quantize", "chat"]
+    assert [line.split()[0] for line in listed if line.strip()] == [
+        "data",
+        "train",
+        "eval",
+        "merge",
+        "quantize",
+        "chat",
+    ]
 
 
 def test_a_reader_that_goes_away_is_no_bug(tmp_path: Path) -> None:

@@ -53,6 +53,13 @@ def with_bos(chat_template: str | None = TEMPLATE) -> Any:
     return tokenizer
 
 
+def with_tokens(*tokens: Any, chat_template: str = TEMPLATE) -> Any:
+    """The tiny tokenizer with more special tokens."""
+    tokenizer = make_tokenizer(chat_template)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
+    return tokenizer
+
+
 def with_merge(left: str, right: str, chat_template: str) -> Any:
     """The tiny tokenizer with one merge, so that a token may straddle the border between prompt and answer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -64,6 +71,37 @@ def with_merge(left: str, right: str, chat_template: str) -> Any:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    fast.chat_template = chat_template
+    return fast
+
+
+def metaspace(scheme: str, chat_template: str | None) -> Any:
+    """A tokenizer of the sentencepiece kind: spaces become `\u2581`, one is put before a text as `scheme` says, and
+    tokens of several letters are merged."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = [
+        "<unk>",
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<|user|>",
+        "<|assistant|>",
+        "\u2581",
+        *"ab:\n<>|/#qr",
+        "\u2581a",
+        "\n\n",
+        "ab",
+    ]
+    merges = [("\u2581", "a"), ("\n", "\n"), ("a", "b")]
+    inner = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    inner.decoder = decoders.Metaspace(prepend_scheme=scheme, split=False)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
     fast.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
     fast.chat_template = chat_template
     return fast

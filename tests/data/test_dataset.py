@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data.dataset import TokenData, load_data, load_held_out
+from qlora_cli.data.dataset import Setting, TokenData, load_data, load_held_out
 from qlora_cli.data.encode import Encoded
 from qlora_cli.errors import DataError
 from qlora_cli.recipe.schema import DataSection
@@ -26,7 +26,7 @@ def load(tmp_path: Path, tokenizer: Any) -> Load:
     def run(rows: Sequence[Any], with_tokenizer: Any = None, **keys: Any) -> TokenData:
         path = write_jsonl(tmp_path / "rows.jsonl", rows)
         section = DataSection.model_validate({"train": str(path), "format": "text"} | keys)
-        return load_data(section, with_tokenizer or tokenizer)
+        return load_data(section, Setting(with_tokenizer or tokenizer))
 
     return run
 
@@ -82,7 +82,7 @@ def test_a_row_longer_than_the_limit_is_cut_and_keeps_its_end_of_turn(load: Load
     data = load([{"text": "abc"}, {"text": "abcdef"}], max_length=4, too_long="truncate")
     assert [marked(row, tokenizer) for row in data.train] == ["[a] [b] [c] [</s>]", "[a] [b] [c] [</s>]"]
     source = data.receipt.sources[0]
-    assert (source.kept, source.truncated, source.dropped) == (2, 1, {})
+    assert (source.kept, source.cut, source.dropped) == (2, 1, {})
 
 
 def test_a_row_whose_prompt_fills_the_limit_is_dropped_not_taught_as_silence(load: Load) -> None:
@@ -94,7 +94,7 @@ def test_a_row_whose_prompt_fills_the_limit_is_dropped_not_taught_as_silence(loa
     data = load(rows, format="prompt-completion", max_length=4, too_long="truncate")
     source = data.receipt.sources[0]
     assert lines(data.train) == [3]
-    assert (source.kept, source.truncated, source.dropped) == (1, 0, {"no answer within 4 tokens": 2})
+    assert (source.kept, source.cut, source.dropped) == (1, 0, {"no answer within 4 tokens": 2})
 
 
 def test_with_the_error_policy_every_row_that_is_too_long_is_named(load: Load, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_conversation_that_loses_one_of_its_sequences_is_kept_and_counted_as_c
     data = load([reasoning(1), reasoning(30), reasoning(2)], make_tokenizer(THINKING), format="messages", max_length=16)
     assert lines(data.train) == [1, 1, 2, 3, 3]
     source, split = data.receipt.sources[0], data.receipt.train
-    assert (source.read, source.kept, source.truncated, source.dropped) == (3, 3, 1, {})
+    assert (source.read, source.kept, source.cut, source.dropped) == (3, 3, 1, {})
     assert (split.rows, split.sequences) == (3, 5)
 
 
@@ -157,7 +157,7 @@ def test_a_conversation_that_loses_all_of_its_sequences_is_dropped_once(load: Lo
     short = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     data = load([reasoning(30), short], make_tokenizer(THINKING), format="messages", max_length=8)
     source = data.receipt.sources[0]
-    assert (source.read, source.kept, source.truncated, source.dropped) == (2, 1, 0, {"longer than 8 tokens": 1})
+    assert (source.read, source.kept, source.cut, source.dropped) == (2, 1, 0, {"longer than 8 tokens": 1})
 
 
 def test_bad_rows_of_both_splits_are_named_together_in_the_order_of_the_file(load: Load) -> None:
@@ -235,7 +235,7 @@ def test_evaluation_reads_the_very_rows_that_training_held_out(load: Load, tmp_p
     rows = numbered(30)
     data = load(rows, eval_split=6)
     section = DataSection(train=str(tmp_path / "rows.jsonl"), format="text", eval_split=6)
-    again, hashes = load_held_out(section, tokenizer)
+    again, hashes = load_held_out(section, Setting(tokenizer))
     assert [row.ids.tolist() for row in again] == [row.ids.tolist() for row in data.held_out]
     assert len(again) == 6
     assert hashes == {source.source: source.sha256 for source in data.receipt.sources}
@@ -244,11 +244,11 @@ def test_evaluation_reads_the_very_rows_that_training_held_out(load: Load, tmp_p
 def test_held_out_rows_may_have_a_file_of_their_own(load: Load, tmp_path: Path, tokenizer: Any) -> None:
     path = write_jsonl(tmp_path / "held.jsonl", numbered(3))
     data = load(numbered(5), eval=str(path))
-    assert [len(data.train), len(data.held_out)] == [5, 3]
+    assert [len(data.train), len(data.held_out)] == [2, 3]  # what is held out is not trained on
     first, second = data.receipt.sources
-    assert (first.read, first.kept, second.read, second.held_out) == (5, 5, 3, 3)
+    assert (first.read, first.kept, first.overlap, second.read, second.held_out) == (5, 2, 3, 3, 3)
     section = DataSection(train="-", format="text", eval=str(path))
-    held, hashes = load_held_out(section, tokenizer)
+    held, hashes = load_held_out(section, Setting(tokenizer))
     assert texts(held, tokenizer) == ["row 0", "row 1", "row 2"]
     assert hashes == {str(path): second.sha256}
 
@@ -260,12 +260,12 @@ def test_a_file_of_held_out_rows_that_are_all_too_long_is_refused_wherever_it_is
     with pytest.raises(DataError, match="no held-out row is left"):
         load([{"text": "a"}], eval=str(path), max_length=4)
     with pytest.raises(DataError, match="no held-out row is left"):
-        load_held_out(DataSection(train="-", format="text", eval=str(path), max_length=4), tokenizer)
+        load_held_out(DataSection(train="-", format="text", eval=str(path), max_length=4), Setting(tokenizer))
 
 
 def test_evaluating_without_held_out_rows_is_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="the recipe holds no rows out"):
-        load_held_out(DataSection(train="rows.jsonl"), tokenizer)
+        load_held_out(DataSection(train="rows.jsonl"), Setting(tokenizer))
 
 
 def test_the_tokens_that_end_a_turn_come_with_the_data(load: Load) -> None:

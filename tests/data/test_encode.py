@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
 
-from qlora_cli.data.conversation import Conversation
-from qlora_cli.data.encode import Encoded, LossOn, encode, shorten
-from qlora_cli.data.turns import turn_encoder
-from tests.conftest import make_tokenizer
-from tests.data.conftest import THINKING, marked, talk, with_bos, with_merge
+from qlora_cli.data.conversation import Conversation, Message
+from qlora_cli.data.encode import LossOn, encode, encode_many
+from qlora_cli.data.formats import RowError
+from qlora_cli.data.templates import TEMPLATES
+from qlora_cli.data.turns import TurnEncoder, turn_encoder
+from tests.conftest import TEMPLATE, make_tokenizer
+from tests.data.conftest import ALTERNATING, THINKING, marked, metaspace, talk, with_bos, with_merge, with_tokens
 
 
 def rows(
@@ -65,6 +69,7 @@ def test_an_empty_answer_is_its_end_of_turn(tokenizer: Any) -> None:
 
 LOSS_CASES: list[tuple[LossOn, str]] = [
     ("assistant", "<s> q [a] [</s>] r [b] [</s>]"),
+    ("completion", "<s> q [a] [</s>] [r] [b] [</s>]"),
     ("last", "<s> q a </s> r [b] [</s>]"),
     ("all", "[<s>] [q] [a] [</s>] [r] [b] [</s>]"),
 ]
@@ -138,40 +143,102 @@ def test_the_alpaca_template_supervises_the_response_and_its_eos() -> None:
     assert tokenizer.decode(row.ids[row.loss]) == "a</s>"
 
 
-def row_of(loss: str, ids: list[int] | None = None) -> Encoded:
-    """A row with `x` where a token carries loss; ids count up, and 2 ends every run of targets."""
-    wanted = np.array([letter == "x" for letter in loss])
-    ends = [wanted[i] and (i + 1 == len(loss) or not wanted[i + 1]) for i in range(len(loss))]
-    made = ids or [2 if end else 10 + i for i, end in enumerate(ends)]
-    return Encoded(np.array(made, np.int32), wanted, "here")
+def silent(conversation: Conversation, *positions: int) -> Conversation:
+    """The conversation, with `train` False at some positions."""
+    turns = enumerate(conversation.messages)
+    return Conversation(tuple(Message(m.role, m.content, i not in positions) for i, m in turns))
 
 
-SHORTENED = [
-    ("..xxx..xxx", 9, [10, 11, 12, 13, 2, 15, 16, 17, 2], "..xxx..xx"),  # through an answer: its last token gives way
-    ("..xxx..xxx", 8, [10, 11, 12, 13, 2], "..xxx"),  # all that fits of an answer is its end: the answer goes
-    ("..xxx..xxx", 7, [10, 11, 12, 13, 2], "..xxx"),  # through a prompt: the prompt goes
-    ("..xxx..xxx", 5, [10, 11, 12, 13, 2], "..xxx"),  # at the end of an answer
-    ("..xxx..xxx", 4, [10, 11, 12, 2], "..xx"),
-    ("..xxx..xxx", 3, [], ""),
-    ("..xxx..xxx", 2, [], ""),
-    ("..xxx..xxx", 0, [], ""),
-    (".......xxx", 5, [], ""),
-    ("xxxxx", 3, [10, 11, 2], "xxx"),
-    ("xxxxx", 1, [], ""),
+SILENT: list[tuple[LossOn, tuple[int, ...], str]] = [
+    ("assistant", (1,), "<s> q a </s> r [b] [</s>]"),
+    ("assistant", (0, 2), "<s> q [a] [</s>] r [b] [</s>]"),
+    ("last", (3,), "<s> q a </s> r b </s>"),
+    ("completion", (1,), "<s> q a </s> [r] [b] [</s>]"),
+    ("completion", (2,), "<s> q [a] [</s>] r [b] [</s>]"),
+    ("all", (0,), "<s> q [a] [</s>] [r] [b] [</s>]"),
+    ("all", (2, 3), "[<s>] [q] [a] [</s>] r b </s>"),
 ]
 
 
-@pytest.mark.parametrize(("loss", "length", "ids", "left"), SHORTENED)
-def test_a_shortened_row_ends_in_a_supervised_end_of_turn_or_is_empty(
-    loss: str, length: int, ids: list[int], left: str
+@pytest.mark.parametrize(("loss_on", "positions", "expected"), SILENT)
+def test_a_message_that_is_not_trained_on_never_carries_loss(
+    loss_on: LossOn, positions: tuple[int, ...], expected: str
 ) -> None:
-    short = shorten(row_of(loss), length, {2})
-    assert short.ids.tolist() == ids
-    assert "".join("x" if flag else "." for flag in short.loss) == left
-    assert short.where == "here"
+    conversation = silent(talk("u: q", "a: a", "u: r", "a: b"), *positions)
+    assert rows(conversation, with_bos(), loss_on, "none") == [expected]
 
 
-def test_shortening_leaves_the_row_itself_alone() -> None:
-    row = row_of("..xxx")
-    shorten(row, 4, {2})
-    assert row.ids.tolist() == [10, 11, 12, 13, 2]
+def test_completion_begins_with_the_answer_that_a_rewritten_row_is_made_for() -> None:
+    made = rows(talk("u: q", "a: x</think>a", "u: r", "a: b"), make_tokenizer(THINKING), "completion")
+    assert made[1] == "<|user|> q </s> <|assistant|> a </s> <|user|> r </s> <|assistant|> [b] [</s>]"
+
+
+STRADDLING = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}:{{ m.content }}</s>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+)
+MARKLESS = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+EMPTY_BLOCK = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think></think>{% endif %}"
+)
+ENCODERS: dict[str, TurnEncoder] = {
+    "chat": turn_encoder(make_tokenizer(TEMPLATE), "auto", "messages"),
+    "bos": turn_encoder(with_bos(), "auto", "messages"),
+    "plain": turn_encoder(make_tokenizer(TEMPLATE), "none", "messages"),
+    "plain bos": turn_encoder(with_bos(), "none", "messages"),
+    "thinking": turn_encoder(make_tokenizer(THINKING), "auto", "messages"),
+    "alternating": turn_encoder(make_tokenizer(ALTERNATING), "auto", "messages"),
+    "merging": turn_encoder(with_merge(":", "a", STRADDLING), "auto", "messages"),
+    "newlines merge": turn_encoder(with_merge("\u010a", "a", TEMPLATE), "auto", "messages"),
+    "without marks": turn_encoder(make_tokenizer(MARKLESS), "auto", "messages"),
+    "empty think block": turn_encoder(make_tokenizer(EMPTY_BLOCK), "auto", "messages"),
+    "overlapping": turn_encoder(with_tokens("</s>b", "a<|user|>"), "auto", "messages"),
+    "overlapped": turn_encoder(with_tokens("a<|user|>", "<|user|>b", "b<|"), "auto", "messages"),
+    "stripping": turn_encoder(with_tokens(AddedToken("<|im_end|>", lstrip=True, rstrip=True)), "auto", "messages"),
+    "metaspace first": turn_encoder(metaspace("first", TEMPLATE), "auto", "messages"),
+    "metaspace always": turn_encoder(metaspace("always", TEMPLATE), "auto", "messages"),
+    "metaspace alpaca": turn_encoder(metaspace("first", TEMPLATES["alpaca"]), "auto", "messages"),
+    "metaspace plain": turn_encoder(metaspace("always", None), "none", "messages"),
+} | {name: turn_encoder(make_tokenizer(None), name, "messages") for name in TEMPLATES}
+
+WORDS = st.lists(
+    st.sampled_from(
+        ["a", "b", "c", " ", "\n", ":", "</s>", "<|user|>", "<|im_end|>", "<think>", "</think>", "é", "<|", "<s>"]
+    ),
+    max_size=6,
+).map("".join)
+MESSAGES = st.builds(
+    Message, st.sampled_from(["user", "assistant", "user", "assistant", "system"]), WORDS, st.booleans()
+)
+TALKS = st.lists(st.lists(MESSAGES, min_size=1, max_size=6).map(lambda m: Conversation(tuple(m))), max_size=4)
+
+
+@pytest.mark.parametrize("name", list(ENCODERS))
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(talks=TALKS, loss_on=st.sampled_from(["assistant", "completion", "last", "all"]))
+def test_many_at_once_are_encoded_as_one_by_one(name: str, talks: list[Conversation], loss_on: LossOn) -> None:
+    turns = ENCODERS[name]
+    for conversation, made in zip(talks, encode_many(talks, turns, loss_on), strict=True):
+        if isinstance(made, RowError):
+            with pytest.raises(RowError) as caught:
+                encode(conversation, turns, loss_on)
+            assert str(made) == str(caught.value)
+            continue
+        expected = encode(conversation, turns, loss_on)
+        assert [(row.ids.tolist(), row.loss.tolist()) for row in expected] == [
+            (ids.tolist(), loss.tolist()) for ids, loss in made
+        ]
+        assert all((str(ids.dtype), str(loss.dtype)) == ("int32", "bool") for ids, loss in made)
+
+
+def test_a_tokenizer_with_a_truncation_left_set_encodes_whole_rows() -> None:
+    tokenizer = make_tokenizer()
+    turns = turn_encoder(tokenizer, "auto", "messages")
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=99)
+    ((made,),) = [rows for rows in encode_many([talk("u: q", "a: ab")], turns, "assistant") if isinstance(rows, list)]
+    assert made[0].tolist() == [1, 3, 203, 85, 2, 203, 4, 203, 69, 70, 2]

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_cli.data.dataset import load_data
-from qlora_cli.data.encode import Encoded
+from qlora_cli.data.dataset import Setting, load_data
 from qlora_cli.data.receipt import DataReceipt, SourceReceipt, SplitReceipt
 from qlora_cli.errors import DataError
 from qlora_cli.recipe.schema import DataSection
@@ -47,19 +46,19 @@ def fates(place: Path, tokenizer: Any, drawn: list[Any], policy: dict[str, Any])
     """Loads the drawn rows, holds the receipt against them, and says which fates they met."""
     write_jsonl(place, [as_row(conversation) for conversation in drawn])
     try:
-        data = load_data(DataSection.model_validate({"train": str(place)} | policy), tokenizer)
+        data = load_data(DataSection.model_validate({"train": str(place)} | policy), Setting(tokenizer))
     except DataError as error:
         assert any(words in str(error) for words in ("is left", "are left", "distinct rows"))
         return {"refused"}
     (source,) = data.receipt.sources
     assert source.read == len(drawn) == source.kept + source.held_out + sum(source.dropped.values())
-    assert source.truncated <= source.kept + source.held_out
+    assert source.cut <= source.kept + source.held_out
     assert source.trailing_turns == sum(trailing for _, trailing in drawn)
     assert (data.receipt.train.rows, data.receipt.held_out.rows) == (source.kept, source.held_out)
     for row in (*data.train, *data.held_out):
         assert 0 < len(row) <= policy["max_length"]
         assert row.targets > 0 and row.loss[-1] and int(row.ids[-1]) in data.stop_ids
-    named = {"dropped": source.dropped, "cut": source.truncated, "held out": source.held_out}
+    named = {"dropped": source.dropped, "cut": source.cut, "held out": source.held_out}
     return {name for name, count in named.items() if count} | (
         {"split"} if data.receipt.train.sequences > source.kept else set()
     )
@@ -78,34 +77,48 @@ def test_every_row_read_is_kept_held_out_or_dropped_and_every_kept_one_ends_in_a
     assert met == {"refused", "dropped", "cut", "held out", "split"}
 
 
-def encoded(length: int, targets: int) -> Encoded:
-    return Encoded(np.zeros(length, np.int32), np.arange(length) >= length - targets, "f:1")
-
-
 def test_a_split_counts_tokens_targets_and_length_quantiles() -> None:
-    split = SplitReceipt.of(3, [encoded(n, 2) for n in (5, 10, 20, 40)])
+    split = SplitReceipt.of(3, np.array([5, 10, 20, 40]), np.array([2, 2, 2, 2]))
     assert split == SplitReceipt(3, 4, 75, 8, {"0%": 5, "50%": 10, "90%": 20, "100%": 40})
 
 
 def test_an_empty_split_is_all_zeros() -> None:
-    assert SplitReceipt.of(0, []) == SplitReceipt(0, 0, 0, 0, {"0%": 0, "50%": 0, "90%": 0, "100%": 0})
+    assert SplitReceipt.of(0, np.array([], np.int64), np.array([], np.int64)) == SplitReceipt(
+        0, 0, 0, 0, {"0%": 0, "50%": 0, "90%": 0, "100%": 0}
+    )
 
 
 def receipt() -> DataReceipt:
     """One file of whose 1,000 rows every fate has a few."""
-    source = SourceReceipt("rows.jsonl", "ab" * 32, 1000, 900, 60, 0, 7, 3, {"longer than 64 tokens": 40})
-    return DataReceipt(
-        (source,), SplitReceipt.of(900, [encoded(8, 2)] * 950), SplitReceipt.of(60, [encoded(8, 4)] * 60)
+    train = SplitReceipt.of(900, np.full(950, 8), np.full(950, 2))
+    source = SourceReceipt(
+        source="rows.jsonl",
+        files=("rows.jsonl",),
+        format="messages",
+        sha256="ab" * 32,
+        read=1000,
+        kept=900,
+        held_out=60,
+        left_out=0,
+        cut=7,
+        duplicate=5,
+        overlap=0,
+        bad=0,
+        trailing_turns=3,
+        dropped={"longer than 64 tokens": 40},
+        trained=train,
     )
+    return DataReceipt((source,), train, SplitReceipt.of(60, np.full(60, 8), np.full(60, 4)), packing=0.984)
 
 
 def test_the_receipt_says_on_the_console_what_became_of_the_rows() -> None:
     assert receipt().lines() == [
         "rows.jsonl: 1,000 rows read, 900 kept, 60 held out, 40 dropped (longer than 64 tokens), 7 cut, "
-        "3 with unanswered last turns left off",
+        "5 duplicates, 3 with unanswered last turns left off",
         "train: 900 rows as 950 sequences, 7,600 tokens, 1,900 carry loss (25%); "
         "lengths shortest 8, median 8, 90% 8, longest 8",
         "held out: 60 rows, 480 tokens, 240 carry loss (50%); lengths shortest 8, median 8, 90% 8, longest 8",
+        "packed: 98.4% of positions hold tokens",
     ]
 
 
@@ -113,7 +126,7 @@ def test_the_receipt_is_plain_json() -> None:
     values = json.loads(json.dumps(receipt().as_json()))
     assert values["sources"][0]["dropped"] == {"longer than 64 tokens": 40}
     assert values["train"]["supervised_tokens"] == 1900
-    assert set(values) == {"sources", "train", "held_out"}
+    assert set(values) == {"sources", "train", "held_out", "packing", "notes"}
 
 
 def test_the_source_hash_follows_the_content_and_not_the_order_of_rows(place: Path, tokenizer: Any) -> None:
@@ -121,7 +134,7 @@ def test_the_source_hash_follows_the_content_and_not_the_order_of_rows(place: Pa
 
     def digest(values: list[dict[str, str]]) -> str:
         section = DataSection(train=str(write_jsonl(place, values)), format="text")
-        return load_data(section, tokenizer).receipt.sources[0].sha256
+        return load_data(section, Setting(tokenizer)).receipt.sources[0].sha256
 
     assert digest(rows) == digest(rows[::-1])
     assert digest(rows) != digest([*rows, rows[0]])

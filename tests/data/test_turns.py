@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.data.conversation import Message
+from qlora_cli.data.conversation import Conversation, Message
 from qlora_cli.data.formats import RowError
-from qlora_cli.data.turns import ALPACA_TEMPLATE, ChatTurns, PlainTurns, turn_encoder
+from qlora_cli.data.render import Renderer
+from qlora_cli.data.templates import TEMPLATES
+from qlora_cli.data.turns import ChatTurns, PlainTurns, turn_encoder
 from qlora_cli.errors import DataError
 from tests.conftest import TEMPLATE, make_tokenizer
 from tests.data.conftest import ALTERNATING, THINKING, talk, through, with_bos
 
+ALPACA = TEMPLATES["alpaca"]
 ENDLESS = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
 
 
@@ -20,7 +23,7 @@ def tokens(tokenizer: Any, ids: list[int]) -> str:
     return " ".join(tokenizer.convert_ids_to_tokens(ids))
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, THINKING, ALTERNATING, ALPACA_TEMPLATE])
+@pytest.mark.parametrize("template", [TEMPLATE, THINKING, ALTERNATING, ALPACA])
 def test_what_is_trained_on_begins_with_what_the_model_is_prompted_with(template: str) -> None:
     turns = turn_encoder(make_tokenizer(template), "tokenizer", "messages")
     messages = talk("u: q", "a: x</think>a", "u: r", "a: b").messages
@@ -68,8 +71,13 @@ REFUSING = [
     ("{% for m in messages %}{{ m.role + 1 }}{% endfor %}", "refuses this conversation: can only concatenate"),
     ("{% if", "refuses this conversation: unexpected 'end of template'"),
     (
-        "{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<think>{% endif %}",
+        "{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}",
         "renders the prompt otherwise once the answer is there",
+    ),
+    (
+        "{% for m in messages %}{{ m.content.split('</think>')[-1] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<think>{% endif %}",
+        "opens a <think> block, but keeps no reasoning of this answer",
     ),
 ]
 
@@ -119,10 +127,10 @@ def test_what_a_template_puts_after_the_end_of_turn_is_left_off(tokenizer: Any) 
 RESOLVED = [
     ("auto", "messages", True, ChatTurns, TEMPLATE),
     ("auto", "alpaca", True, ChatTurns, TEMPLATE),
-    ("auto", "alpaca", False, ChatTurns, ALPACA_TEMPLATE),
+    ("auto", "alpaca", False, ChatTurns, ALPACA),
     ("auto", "prompt-completion", True, PlainTurns, TEMPLATE),
     ("auto", "text", True, PlainTurns, TEMPLATE),
-    ("alpaca", "messages", True, ChatTurns, ALPACA_TEMPLATE),
+    ("alpaca", "messages", True, ChatTurns, ALPACA),
     ("tokenizer", "prompt-completion", True, ChatTurns, TEMPLATE),
     ("none", "messages", True, PlainTurns, TEMPLATE),
 ]
@@ -138,7 +146,7 @@ def test_the_recipe_and_the_format_choose_the_template(
 
 
 def test_a_system_message_leads_the_alpaca_template() -> None:
-    tokenizer = make_tokenizer(ALPACA_TEMPLATE)
+    tokenizer = make_tokenizer(ALPACA)
     turns = ChatTurns(tokenizer)
     ids = turns.prompt((Message("system", "s"), Message("user", "q")))
     assert tokenizer.decode(ids) == "<s>s\n\n### Instruction:\nq\n\n### Response:\n"
@@ -158,3 +166,105 @@ def test_an_end_of_turn_before_an_eos_behind_the_whole_conversation_ends_the_tur
     first, second = through(turns, talk[:2]), through(turns, talk)
     assert first[-1] == second[-1] == end
     assert second[: len(first)] == first
+
+
+EMPTY_BLOCK = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n\n</think>\n\n{% endif %}"
+)
+OPEN_BLOCK = EMPTY_BLOCK.replace("<think>\n\n</think>\n\n", "<think>\n")
+
+
+def test_an_empty_think_block_of_the_prompt_stands_before_the_answer_as_at_inference() -> None:
+    tokenizer = make_tokenizer(EMPTY_BLOCK)
+    turns = ChatTurns(tokenizer)
+    messages = talk("u: q", "a: a").messages
+    assert tokenizer.decode(turns.prompt(messages[:1])) == "<|user|>q</s><|assistant|><think>\n\n</think>\n\n"
+    before, answer = turns.turn(messages)
+    assert before == turns.prompt(messages[:1])
+    assert tokens(tokenizer, answer) == "a </s>"
+
+
+def test_reasoning_behind_an_empty_think_block_is_refused() -> None:
+    with pytest.raises(RowError, match="empty <think> block, but this answer has reasoning"):
+        ChatTurns(make_tokenizer(EMPTY_BLOCK)).turn(talk("u: q", "a: <think>x</think>a").messages)
+
+
+def test_reasoning_goes_on_where_the_prompt_opens_its_block() -> None:
+    tokenizer = make_tokenizer(OPEN_BLOCK)
+    before, answer = ChatTurns(tokenizer).turn(talk("u: q", "a: x</think>a").messages)
+    assert tokenizer.decode(before) == "<|user|>q</s><|assistant|><think>\n"
+    assert tokenizer.decode(answer) == "x</think>a</s>"
+
+
+@pytest.mark.parametrize("answer", ["a", "<think>x</think>a"])
+def test_an_answer_that_does_not_go_on_in_an_open_think_block_is_refused(answer: str) -> None:
+    with pytest.raises(RowError, match="opens a <think> block"):
+        ChatTurns(make_tokenizer(OPEN_BLOCK)).turn(talk("u: q", f"a: {answer}").messages)
+
+
+def test_tools_and_fields_of_messages_reach_the_template() -> None:
+    template = (
+        "{% for t in tools or [] %}{{ t.name }}{% endfor %}{% for m in messages %}{{ m.name }}:{{ m.content }}</s>"
+        "{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
+    tokenizer = make_tokenizer(template)
+    messages = (Message("user", "q", extra={"name": "n"}), Message("assistant", "a"))
+    before, answer = ChatTurns(tokenizer).turn(messages, ({"name": "t"},))
+    assert tokens(tokenizer, before) == "t n : q </s> :"
+    assert tokens(tokenizer, answer) == "a </s>"
+
+
+def test_plain_text_refuses_what_it_has_no_place_for() -> None:
+    turns = PlainTurns(make_tokenizer())
+    with pytest.raises(RowError, match="no place for `tools`"):
+        turns.prompt((Message("user", "q"),), ({"name": "t"},))
+    with pytest.raises(RowError, match="no place for `tool_calls`"):
+        turns.prompt((Message("assistant", "", extra={"tool_calls": []}),))
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, THINKING, ALTERNATING, EMPTY_BLOCK, ENDLESS, *TEMPLATES.values()])
+def test_a_template_compiled_once_renders_what_transformers_renders(template: str) -> None:
+    tokenizer = make_tokenizer(template)
+    render = Renderer(tokenizer)
+    messages = talk("u: {{ q }}\n", "a: <b> x</think>\u2028 é", "u: ", "a: b").messages
+    assert render._compiled is not None
+    for count in (1, 2, 3, 4):
+        for generation in (False, True):
+            turns = [message.as_dict() for message in messages[:count]]
+            expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
+            assert render(messages[:count], generation) == expected
+
+
+def test_rows_of_many_are_found_without_a_call_for_each(tokenizer: Any) -> None:
+    """`rows` gives None where it falls back to `turn`, so a fast part that never works would go unseen otherwise."""
+    chats = [talk("u: q", "a: a", "u: r", "a: b"), talk("s: s", "u: q", "a: ab")]
+    for turns in (
+        ChatTurns(tokenizer),
+        PlainTurns(tokenizer),
+        turn_encoder(make_tokenizer(None), "zephyr", "messages"),
+    ):
+        assert all(row is not None for row in turns.rows(chats))
+
+
+def test_rows_of_many_leave_to_turn_what_it_refuses_or_splits() -> None:
+    turns = ChatTurns(make_tokenizer(THINKING))
+    rows = turns.rows([talk("u: q", "a: x</think>a", "u: r", "a: b"), talk("u: q", "a: a"), talk("u: q")])
+    assert [row is None for row in rows] == [True, False, True]
+
+
+def test_a_tokenizer_that_does_more_than_its_backend_is_asked_itself() -> None:
+    tokenizer = make_tokenizer()
+
+    class Reversing(type(tokenizer)):  # type: ignore[misc]
+        """Turns every text around."""
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            """The ids of the text, from its end."""
+            return super().__call__(text[::-1], **options)
+
+    tokenizer.__class__ = Reversing
+    conversation = Conversation((Message("user", "qr"), Message("assistant", "ab")))
+    (row,) = PlainTurns(tokenizer).rows([conversation])
+    assert row is not None
+    assert tokens(tokenizer, row.ids.tolist()) == "r q b a </s>"

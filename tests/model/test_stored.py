@@ -13,9 +13,9 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
+from qlora_cli.cache.entries import Cache
 from qlora_cli.errors import ModelError
 from qlora_cli.model.base import load_base, load_config
-from qlora_cli.model.cache import Cache
 from qlora_cli.model.folder import BaseFolder, find_base
 from qlora_cli.model.lora import attach
 from qlora_cli.model.nf4 import four_bit_layers

@@ -140,8 +140,16 @@ def test_each_mistake_is_one_readable_problem(refuse: Refuse, tmp_path: Path, te
 @pytest.mark.parametrize(
     ("data", "head", "fix"),
     [
-        ("data: {split: t}", "mine.yaml:1:1: data.train: this key is required (got nothing)", "train: rows.jsonl"),
-        ("log: {}", "mine.yaml:1:1: data.train: this key is required (got nothing)", "--set data.train=rows.jsonl"),
+        (
+            "data: {split: t}",
+            "mine.yaml:1:1: data.train: one of data.train and data.sources is required (got neither)",
+            "rows.jsonl",
+        ),
+        (
+            "log: {}",
+            "mine.yaml:1:1: data.train: one of data.train and data.sources is required (got neither)",
+            "--set data.train=",
+        ),
         ("data: {trian: t}", "mine.yaml:1:8: data.trian: unknown key (got 't')", "did you mean data.train?"),
     ],
 )

@@ -7,8 +7,9 @@ from typing import Any, get_args
 import pytest
 
 from qlora_cli.recipe import rules
-from qlora_cli.recipe.nodes import Place, Scalar, merge, nested, plain
-from qlora_cli.recipe.schema import DataSection, Recipe
+from qlora_cli.recipe.data_schema import DataSection
+from qlora_cli.recipe.nodes import Place, Scalar, Table, merge, nested, plain
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.tree import parse_value
 
 from .conftest import Load, Refuse, heads
@@ -46,6 +47,18 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         (STEPS, "data.format=alpaca", "data.columns={outptu: o}"),
         "--set data.columns: data.columns.outptu: data.format alpaca has no field of this name (got 'outptu')",
     ),
+    (
+        (STEPS, "data.sources={a: {path: t, format: text, columns: {txet: b}}}", "data.train=null"),
+        "data.sources.a.columns.txet: data.format text has no field of this name (got 'txet')",
+    ),
+    ((STEPS, "data.format=auto", "data.columns={text: a}"), "data.columns: needs a data.format that is named"),
+    ((STEPS, "data.train=null"), "data.train: one of data.train and data.sources is required (got neither)"),
+    ((STEPS, "data.sources={a: {path: t}}"), "data.train: only one of data.train and data.sources may be set (got 't'"),
+    ((STEPS, "data.mix=interleave"), "data.mix: interleave needs several sources (got one)"),
+    ((STEPS, "data.stop=all_exhausted"), "data.stop: has no effect with data.mix concat (got all_exhausted)"),
+    ((STEPS, "data.truncate=start"), "data.truncate: has no effect with data.too_long drop (got start)"),
+    ((STEPS, "data.too_long=split"), "data.too_long: split needs data.format text (got split)"),
+    ((STEPS, "data.limits.bad=3"), "data.limits.bad: has no effect with data.on_bad_row error (got 3)"),
     ((STEPS, "model.device=cpu", "train.gradient_checkpointing=offload"), "needs a CUDA device"),
     ((STEPS, "model.device=cpu", "model.attention=flash_attention_2"), "needs a CUDA device"),
     ((STEPS, "model.device=cpu", "quantization.compute_dtype=float16"), "needs a CUDA device"),
@@ -65,6 +78,9 @@ ACCEPTED: list[tuple[str, ...]] = [
     (STEPS, "data.format=prompt-completion", "data.columns={prompt: a, completion: b}"),
     (STEPS, "model.device=cpu", "train.optimizer=paged_adamw_32bit"),
     (STEPS, "train.gradient_checkpointing=offload", "model.attention=flash_attention_2"),
+    (STEPS, "data.too_long=truncate", "data.truncate=start", "data.limits={dropped: 1%, cut: 0}"),
+    (STEPS, "data.format=text", "data.too_long=split", "data.on_bad_row=skip", "data.limits.bad=2.5%"),
+    (STEPS, "data.template='{{ messages }}'"),
 ]
 
 
@@ -85,12 +101,13 @@ def test_keys_that_go_together_are_accepted(load: Load, overrides: tuple[str, ..
 def test_every_rule_has_a_case_that_it_refuses() -> None:
     recipes = [Recipe.model_validate(tree) for tree in map(_tree, REFUSED)]
     fired = {rule for rule in rules.RULES for recipe in recipes if list(rule(recipe))}
-    assert len(fired) == len(rules.RULES) == 16
+    assert len(fired) == len(rules.RULES) == 20
 
 
 def _tree(case: tuple[tuple[str, ...], str]) -> dict[str, Any]:
     """What a case's overrides set, without the loader, which would refuse it."""
     table = nested(("model", "base"), Scalar(Place(""), "b"))
+    table = merge(table, nested(("data",), Table(Place(""), {})))
     for text in ("data.train=t", *case[0]):
         key, _, value = text.partition("=")
         parts = tuple(key.split("."))
@@ -110,7 +127,7 @@ def test_rules_are_checked_beside_other_mistakes_but_not_on_keys_that_are_wrong(
     assert [head.split(" (got")[0] for head in heads(refuse(text))] == [
         "mine.yaml:1:1: lrr: unknown key",
         "mine.yaml:1:1: model.base: this key is required",
-        "mine.yaml:1:1: data.train: this key is required",
+        "mine.yaml:1:1: data.train: one of data.train and data.sources is required",
         "mine.yaml:3:3: train.stepz: unknown key",
         "mine.yaml:4:15: train.batch_size: must be a multiple of train.micro_batch_size",
         "mine.yaml:6:17: train.warmup_steps: must be a whole number of at least 0",
@@ -124,4 +141,4 @@ def test_a_rule_points_at_the_key_that_is_written_down(refuse: Refuse) -> None:
 
 def test_every_format_has_fields() -> None:
     formats = get_args(DataSection.model_fields["format"].annotation)
-    assert set(rules.FIELDS) == set(formats)
+    assert {*rules.FIELDS, "auto"} == set(formats)

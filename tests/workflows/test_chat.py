@@ -13,7 +13,7 @@ import pytest
 
 from qlora_cli.cli.app import main
 from qlora_cli.data.conversation import Message
-from qlora_cli.data.dataset import load_data
+from qlora_cli.data.dataset import Setting, load_data
 from qlora_cli.errors import DataError, DiskError, ModelError
 from qlora_cli.model.base import load_tokenizer
 from qlora_cli.model.folder import find_base
@@ -369,7 +369,7 @@ def test_a_saved_conversation_is_a_row_that_training_reads(run: Path, base: Path
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     expected = [{"role": message.role, "content": message.content} for message in talk.history]
     assert rows == [{"messages": expected}] * 2
-    data = load_data(DataSection(train=str(file), max_length=128), load_tokenizer(find_base(str(base), None)))
+    data = load_data(DataSection(train=str(file), max_length=128), Setting(load_tokenizer(find_base(str(base), None))))
     assert (len(data.train), data.receipt.sources[0].kept) == (2, 2)
     for path, error in ((tmp_path / "none/x.jsonl", DiskError), (tmp_path / "x.txt", DataError)):
         with pytest.raises(error):

@@ -84,7 +84,7 @@ def test_a_held_out_file_is_read_apart(recipe_file: Recipe, tmp_path: Path, caps
     run = tmp_path / "run"
     assert main(["train", str(recipe), "-o", str(run), "-q"]) == 0
     receipt = json.loads((run / "data_receipt.json").read_text())
-    assert [(s["read"], s["kept"], s["held_out"]) for s in receipt["sources"]] == [(24, 24, 0), (3, 0, 3)]
+    assert [(s["read"], s["kept"], s["held_out"]) for s in receipt["sources"]] == [(24, 21, 0), (3, 0, 3)]
     capsys.readouterr()
     assert main(["eval", str(run), "--json", "-q"]) == 0
     assert last_json(capsys)["loss"] == pytest.approx(held_out_loss(run), rel=1e-6)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.model import hashes
-from qlora_cli.model.cache import Cache
+from qlora_cli.cache import hashes
+from qlora_cli.cache.entries import Cache
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.workflows.lock import lock
 from qlora_cli.workflows.prepare import prepare

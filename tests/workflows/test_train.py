@@ -19,6 +19,7 @@ Recipe = Callable[..., Path]
 FILES = {
     "adapter",
     "data_receipt.json",
+    "data_rows.jsonl",
     "lock.json",
     "metrics.jsonl",
     "plan.json",

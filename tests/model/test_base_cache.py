@@ -17,9 +17,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qlora_cli.cache.entries import LIMIT, PLACE, Cache, find_cache
+from qlora_cli.cache.folders import SEAL
 from qlora_cli.errors import MachineError
 from qlora_cli.model.base import load_base, load_config
-from qlora_cli.model.cache import LIMIT, PLACE, SEAL, Cache, find_cache
 from qlora_cli.model.folder import find_base
 from qlora_cli.model.stored import Wanted
 from qlora_cli.recipe.schema import ModelSection, QuantizationSection
@@ -137,7 +138,7 @@ def test_a_damaged_entry_is_named_removed_and_made_again(
     model = log.base(base)
     assert_same_tensors(model, pristine[1])
     assert_same_layers(model, pristine[1])
-    assert len(log.warned) == 1 and name in log.warned[0] and "quantised again" in log.warned[0]
+    assert len(log.warned) == 1 and name in log.warned[0] and "made again" in log.warned[0]
     log.base(base)
     assert len(log.warned) == 1 and "read from" in log.told[-1]
 
@@ -212,11 +213,11 @@ def test_what_a_killed_writer_left_is_never_read_and_is_swept_up(tmp_path: Path)
     if not child:
         log.cache.store(KEY, 4, die)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert len(list(log.cache.bases.glob(".tmp-*"))) == 1
+    assert len(list(log.cache.place.glob(".tmp-*"))) == 1
     assert log.cache.entries() == [] and log.cache.load(KEY, Content) is None and log.warned == []
     log.cache.store(KEY, 4, writes(a=b"whole"))
     assert log.cache.load(KEY, Content).files == {"a.bin": b"whole"}
-    assert [path.name for path in log.cache.bases.iterdir() if path.name.startswith(".")] == [".lock"]
+    assert [path.name for path in log.cache.place.iterdir() if path.name.startswith(".")] == [".lock"]
 
 
 def test_of_two_writers_one_writes_and_the_other_goes_on(tmp_path: Path) -> None:
@@ -244,7 +245,7 @@ def fill(log: Log, *names: str) -> None:
     """Entries of about 1,000 bytes and their manifests, used in this order."""
     for name in names:
         log.cache.store(name, 1000, writes(a=b"x" * 1000))
-        os.utime(log.cache.bases / name / SEAL, (len(log.cache.entries()), len(log.cache.entries())))
+        os.utime(log.cache.place / name / SEAL, (len(log.cache.entries()), len(log.cache.entries())))
 
 
 def names(log: Log) -> set[str]:
@@ -260,7 +261,7 @@ def test_the_least_recently_used_entries_make_room(tmp_path: Path) -> None:
     log.cache.store("d", 3000, writes(a=b"x" * 3000))
     assert names(log) == {"a", "d"} and log.warned == []
     assert [text.split(" removed")[0] for text in log.told if "removed" in text] == [
-        str(log.cache.bases / name) for name in "bc"
+        str(log.cache.place / name) for name in "bc"
     ]
 
 
@@ -268,7 +269,7 @@ def test_an_entry_in_use_is_not_evicted(tmp_path: Path) -> None:
     log = Log(tmp_path, limit=2500)
     fill(log, "a", "b")
     used = log.cache.load("a", Content)
-    os.utime(log.cache.bases / "a" / SEAL, (0, 0))  # the least recently used
+    os.utime(log.cache.place / "a" / SEAL, (0, 0))  # the least recently used
     fill(log, "c")
     assert names(log) == {"a", "c"} and used.files
     log.cache.store("big", 2400, writes(a=b"x" * 2400))
@@ -304,7 +305,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing_behind(tmp_path: Path
 
     log.cache.store(KEY, 4, fails)
     assert ["No space left" in text for text in log.warned] == [True]
-    assert [path.name for path in log.cache.bases.iterdir()] == [".lock"]
+    assert [path.name for path in log.cache.place.iterdir()] == [".lock"]
 
 
 def test_a_place_that_cannot_be_written_fails_no_run(base: Path, tmp_path: Path) -> None:
@@ -318,7 +319,7 @@ def test_a_place_that_cannot_be_written_fails_no_run(base: Path, tmp_path: Path)
 def test_a_read_only_cache_is_read_and_fails_no_run(base: Path, tmp_path: Path) -> None:
     log = Log(tmp_path / "cache")
     log.base(base)
-    folders = [log.cache.folder, log.cache.bases, entry_of(log)]
+    folders = [log.cache.folder, log.cache.place, entry_of(log)]
     for folder in folders:
         folder.chmod(0o555)
     log.base(base)
@@ -399,7 +400,7 @@ def test_reading_an_entry_counts_as_using_it(tmp_path: Path) -> None:
     before = time.time()
     log.cache.load("a", Content)
     assert [entry.name for entry in log.cache.entries()] == ["b", "a"]
-    assert (log.cache.bases / "a" / SEAL).stat().st_mtime >= before - 1
+    assert (log.cache.place / "a" / SEAL).stat().st_mtime >= before - 1
 
 
 def test_of_the_processes_of_a_run_only_the_first_keeps_the_base_and_the_others_say_nothing(

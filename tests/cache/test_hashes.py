@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_cli.cache.hashes import Hashes, _facts
 from qlora_cli.files import sample_hash
-from qlora_cli.model.hashes import Hashes, _facts
 
 LATER = 10**11
 

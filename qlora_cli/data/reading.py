@@ -1,0 +1,196 @@
+"""The rows of one source, encoded into a store.
+
+Knows sources, formats, turns and limits of length. Invariant: every row read is written down with what became of it,
+in the order of the source; no more rows are in memory than a few batches.
+
+Rows are read and understood in one thread while the batch before them is encoded in another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from qlora_cli.data.conversation import Conversation
+from qlora_cli.data.encode import Arrays, Encoded, encode_many
+from qlora_cli.data.fit import fit
+from qlora_cli.data.formats import FORMATS, RowError, fitting, renamed
+from qlora_cli.data.rows import RestLost
+from qlora_cli.data.sources import SourceRow, raise_all
+from qlora_cli.data.store import CUT, KEPT, NO_KEY, StoreWriter
+from qlora_cli.data.turns import TurnEncoder
+from qlora_cli.errors import Problem
+from qlora_cli.recipe.data_schema import DataSection
+
+BATCH = 256
+AHEAD = 2
+"""Batches that wait for the encoder."""
+MOST_PROBLEMS = 1000
+"""With that many, reading ends: it is the file that is wrong, not its rows."""
+BAD = "cannot be read"
+EMPTY = "an answer is empty"
+MASKED = "no token carries loss"
+
+Spans = list[Arrays]
+"""(ids, loss) of each sequence of a row."""
+Watch = Callable[[int], None]
+"""Called with how many rows are done."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What it takes to encode rows of one format."""
+
+    data: DataSection
+    format: str
+    columns: dict[str, str]
+    turns: TurnEncoder
+
+    def conversation(self, row: SourceRow) -> Conversation:
+        """What the row says. Raises `RowError`."""
+        return FORMATS[self.format].build(renamed(row.values, self.columns))
+
+    def fitted(self, spans: Spans, where: str) -> tuple[list[Encoded], str]:
+        """(what is left of a row's sequences, what became of the row). Raises `RowError`."""
+        data, kept, cut = self.data, list[Encoded](), False
+        for ids, loss in spans:
+            found = fit(
+                Encoded(ids, loss, where),
+                max_length=data.max_length,
+                too_long=data.too_long,
+                truncate=data.truncate,
+                source_max_length=data.source_max_length,
+                target_max_length=data.target_max_length,
+                stop_ids=self.turns.stop_ids,
+                bos_id=self.turns.bos_id,
+            )
+            kept += [row for row in found.rows if row.targets]
+            cut |= found.cut
+        if not kept:
+            return [], self._too_long if cut else MASKED
+        return kept, CUT if cut else KEPT
+
+    @property
+    def _too_long(self) -> str:
+        limit = f"{self.data.max_length:,} tokens"
+        return f"longer than {limit}" if self.data.too_long == "drop" else f"no answer within {limit}"
+
+    def problem(self, row: SourceRow, error: RowError) -> Problem:
+        """The error with the row's place, and the format that would fit it."""
+        names = fitting(row.values)
+        other = f"the row looks like data.format: {' or '.join(names)}" if names and self.format not in names else ""
+        return Problem(str(error), fix=other or error.fix, where=row.where)
+
+
+@dataclass
+class _Read:
+    """A row on its way: a conversation, or what it was dropped for, or what is wrong with it."""
+
+    row: SourceRow | None
+    conversation: Conversation | None = None
+    key: bytes = NO_KEY
+    fate: str = ""
+    problem: Problem | None = None
+
+
+class Pipeline:
+    """Reads, encodes and writes."""
+
+    def __init__(self, encoder: Encoder, writer: StoreWriter, watch: Watch) -> None:
+        self._encoder, self._writer, self._watch = encoder, writer, watch
+        self._problems: list[Problem] = []
+        self._rows = self._bad = self._trailing = 0
+        self._largest = -1
+
+    def run(self, rows: Iterable[SourceRow | Problem]) -> dict[str, Any]:
+        """Everything; returns counts. Raises `DataError` for rows that cannot be read, unless they are skipped."""
+        waiting: deque[tuple[list[_Read], Future[list[Spans | RowError]]]] = deque()
+        source = iter(rows)
+        with ThreadPoolExecutor(1) as pool:
+            while batch := [self._read(each) for each in islice(source, BATCH)]:
+                said = [each.conversation for each in batch if each.conversation is not None]
+                encoder = self._encoder
+                waiting.append((batch, pool.submit(encode_many, said, encoder.turns, encoder.data.loss_on)))
+                if len(waiting) > AHEAD:
+                    self._write(*waiting.popleft())
+                if len(self._problems) >= MOST_PROBLEMS:
+                    break
+            while waiting:
+                self._write(*waiting.popleft())
+        raise_all(self._problems)
+        return {"trailing_turns": self._trailing, "bad": self._bad, "largest_id": self._largest}
+
+    def _read(self, item: SourceRow | Problem) -> _Read:
+        if isinstance(item, Problem):
+            return _Read(None, fate=BAD, problem=item)
+        try:
+            conversation = self._encoder.conversation(item)
+        except RowError as error:
+            return _Read(item, fate=BAD, problem=self._encoder.problem(item, error))
+        key = key_of(conversation)
+        if conversation.messages[-1].role != "assistant":
+            self._trailing += 1
+        if any(_is_empty(conversation, turn) for turn in conversation.assistant_turns()):
+            return _Read(item, key=key, fate=EMPTY)
+        return _Read(item, conversation, key)
+
+    def _write(self, batch: list[_Read], encoded: Future[list[Spans | RowError]]) -> None:
+        spans = iter(encoded.result())
+        for each in batch:
+            sequences = self._sequences(each, next(spans)) if each.conversation is not None else []
+            if each.problem is not None:
+                self._bad_row(each.problem)
+            file, line = (each.row.file, each.row.number) if each.row else _place_of(each.problem)
+            self._writer.row(file, line, each.key, each.fate, sequences)
+        self._rows += len(batch)
+        self._watch(self._rows)
+
+    def _sequences(self, read: _Read, spans: Spans | RowError) -> list[Encoded]:
+        assert read.row is not None
+        try:
+            if isinstance(spans, RowError):
+                raise spans
+            found, read.fate = self._encoder.fitted(spans, read.row.where)
+        except RowError as error:
+            read.fate, read.key, read.problem = BAD, NO_KEY, self._encoder.problem(read.row, error)
+            return []
+        self._largest = max([self._largest, *(int(each.ids.max()) for each in found)])
+        return found
+
+    def _bad_row(self, problem: Problem) -> None:
+        self._bad += 1
+        if self._encoder.data.on_bad_row == "error" or isinstance(problem, RestLost):
+            self._problems.append(problem)  # who skips a row does not mean the rest of a file
+        self._writer.note(problem.what)
+
+
+def _is_empty(conversation: Conversation, turn: int) -> bool:
+    message = conversation.messages[turn]
+    return message.train and not message.content.strip() and "tool_calls" not in message.extra
+
+
+def _place_of(problem: Problem | None) -> tuple[str, int]:
+    file, _, line = problem.where.rpartition(":") if problem else ("", "", "")
+    return (file, int(line)) if line.isdigit() else (problem.where if problem else "", 0)
+
+
+def key_of(conversation: Conversation) -> bytes:
+    """16 bytes of the SHA-256 of all that it says."""
+    said: list[Any] = [
+        (message.role, message.content, *([dict(message.extra)] if message.extra else []))
+        for message in conversation.messages
+    ]
+    if conversation.tools:
+        said.append([dict(tool) for tool in conversation.tools])
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).digest()[:16]
+
+
+def window(rows: Iterator[SourceRow | Problem], skip: int, take: int | None) -> Iterator[SourceRow | Problem]:
+    """The rows that `skip` and `take` leave."""
+    return islice(rows, skip, None if take is None else skip + take)
