@@ -60,21 +60,22 @@ ALTERNATING = (
 )
 CHOICES: dict[str, list[Any]] = {
     "template": ["tokenizer", "none", "chatml", *TEMPLATES, ALTERNATING],
-    "on_bad_row": ["error", "skip"],
-    "too_long": ["drop", "truncate", "error"],
-    "max_length": [8, 64, 1024, 1 << 20],
+    "on_bad_row": ["error", "skip", "skip"],
+    "too_long": ["drop", "drop", "truncate", "truncate", "error"],
+    "max_length": [8, 64, 64, 1024, 1024, 1 << 20, 1 << 20],
     "loss_on": ["assistant", "completion", "last", "all"],
     "duplicates": ["keep", "drop"],
-    "eval_split": [None, None, None, 1],
+    "eval_split": [*[None] * 7, 1],
 }
 WORDS = [
-    *("", " ", "\0", "\ud800", "\udfff\ud800", "\ufeff", "\ufffe", "\u202e", "\U0001f468\u200d\U0001f469", "e\u0301" * 50),
-    *("</s>", "<s>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<think>", "</think>", "{{ x }}", "{% raw %}", "\x1b[2J"),
-    *("### Human:", "### Assistant:", "\n\nHuman:", "\n\nAssistant:", "<human>:", "<bot>:", "\r\n", "\x85\u2028", "\x9b2J"),
-    *('{"name": "\\ud800", "arguments": {}}', '{"a": NaN}', "[" * 500, "9" * 5000, "a" * 20_000, "\\ud800", "null", '"'),
+    *("", " ", "\0", "\ud800", "\udfff\ud800", "\ufeff", "\ufffe", "\u202e", "\U0001f468\u200d\U0001f469"),
+    *("</s>", "<s>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<think>", "</think>", "{{ x }}", "{% raw %}"),
+    *("### Human:", "### Assistant:", "\n\nHuman:", "\n\nAssistant:", "<human>:", "<bot>:", "\r\n", "\x85\u2028"),
+    *('{"name": "\\ud800", "arguments": {}}', '{"a": NaN}', "[" * 500, "9" * 5000, "a" * 20_000, "\\ud800", "null"),
+    *("\x1b[2J", "\x9b2J", "e\u0301" * 50, '"'),
 ]  # fmt: skip
 NUMBERS = [0, -1, 1, 2**31, 2**63, -(2**63) - 1, 10**400, 1e308, float("nan"), float("inf"), -0.0, True, False]
-STRANGE = [b"\xff\0", datetime(1, 1, 1), datetime.max, timedelta.max, Decimal("1e-30"), Decimal(10) ** 30]  # noqa: DTZ001
+STRANGE = [b"\xff\0", datetime(1, 1, 1), datetime.max, timedelta.max, Decimal("1e-30"), Decimal(10) ** 30]
 """Values that a columnar file can hold, and JSON cannot."""
 KEYS = ["role", "content", "from", "value", "train", "weight", "tool_calls", "function", "tools", "system", "text", ""]
 ENCODINGS = ["utf-16", "utf-16-le", "utf-32", "utf-8-sig", "latin-1", "cp1252", "cp500", "utf-7"]
@@ -199,7 +200,7 @@ def make_case(seed: int, number: int, folder: Path, longest: int = 1) -> Case:
     noise = random.Random(f"{seed} {number}")
     row_format = noise.choice(list(FORMATS))
     good = [row for name, row, _ in GOOD if name == row_format]
-    rows = [deepcopy(noise.choice(good)) for _ in range(noise.choice((1, 2, 5, 25)))]
+    rows = [deepcopy(noise.choice(good)) for _ in range(noise.choice((1, 3, 10, 30)))]
     suffix, packing = noise.choice(SUFFIXES), noise.choice([*[""] * 4, *PACK])
     kind = noise.choices(["row", "text", "packed", "encoding", "long"], [70, 12, 12, 5.5, 0.5])[0]
     content, known = spoilt(kind, rows, suffix, noise, longest)
@@ -219,7 +220,7 @@ def spoilt(kind: str, rows: list[Row], suffix: str, noise: random.Random, longes
         rows = [changed(row, noise) if noise.random() < 0.6 else row for row in rows]
         return written(rows, suffix, noise), len(rows)
     if kind == "long":
-        holder, key = noise.choice(places(rows))
+        holder, key = noise.choice([place for row in rows for place in places(row)])
         holder[key] = noise.choice(("a", "\u00e4 ", "x\n")) * (noise.choice((1, 1, 1, 5, 25, 65)) * 500_000 // longest)
         return written(rows, suffix, noise), None
     content = written(rows, suffix, noise)
@@ -254,6 +255,7 @@ class Tally:
             data = load_data(section, Setting(tokenizer_for(section.template)))
         except QloraError as error:
             self.refused[check_refusal(case, error)] += 1
+            self.rows["named in a refusal"] += named(error)
             self.cases[f"{case.kind}: refused"] += 1
             return
         self.rows.update(check_counts(case, data))
@@ -276,6 +278,12 @@ def check_refusal(case: Case, error: QloraError) -> str:
     rows = [problem for problem in problems if re.fullmatch(re.escape(str(case.path)) + r":[1-9]\d*", problem.where)]
     assert rows in ([], problems), "some problems name a row, and some do not"
     return f"{type(error).__name__}, {'FILE:LINE' if rows else told(problems[0], case)}"
+
+
+def named(error: QloraError) -> int:
+    """How many rows it refuses by their place, those that it only counts included."""
+    more = sum(int(problem.what.split()[0]) for problem in error.problems[MOST_NAMED:])
+    return more + sum(bool(problem.where) for problem in error.problems)
 
 
 def check_text(problem: Problem) -> None:

@@ -191,6 +191,7 @@ def _turns(opened: Opened, setting: Setting, chosen: Chosen) -> TurnEncoder:
 def _read(opened: Opened, data: DataSection, setting: Setting, chosen: Chosen) -> _Read:
     source, section = opened.source, opened.section
     encoder = Encoder(data, opened.format, dict(section.columns or {}), _turns(opened, setting, chosen))
+    content = source.fingerprint() if setting.cache else ""
 
     def write(folder: Path) -> None:
         position = Position()
@@ -201,10 +202,12 @@ def _read(opened: Opened, data: DataSection, setting: Setting, chosen: Chosen) -
         with StoreWriter(folder) as writer:
             pipeline = Pipeline(encoder, writer, lambda done: setting.watch(opened, done, position.bytes))
             writer.finish({**pipeline.run(chain(first, rows)), "notes": notes})
+        if setting.cache and source.fingerprint() != content:
+            raise DataError(f"{opened.name} changed while it was read", fix="run again when it is whole")
 
     settings = {"format": opened.format, "template": chosen.name, "tokenizer": tokenizer_hash(setting.tokenizer)}
     settings["day"] = day_of(setting.tokenizer)
-    wanted = key(source.fingerprint(), source.files, section, data, settings) if setting.cache else ""
+    wanted = key(content, source.files, section, data, settings) if setting.cache else ""
     return _Read(opened, kept(setting.cache, wanted, write))
 
 

@@ -111,20 +111,16 @@ QWEN3 = r"""
     {{- '<|im_start|>system\n' ~ messages[0].content ~ '<|im_end|>\n' }}
 {%- endif %}
 {%- set asked = namespace(last=messages | length - 1) %}
-{%- for m in messages if m.role == 'user' and not m.content.startswith('<tool_response>') %}
-    {%- set asked.any = true %}
-{%- endfor %}
-{%- for m in messages if m.role == 'user' and not m.content.startswith('<tool_response>') %}
-    {%- set asked.last = messages.index(m) if loop.last else asked.last %}
+{%- for m in messages %}
+    {%- set told = m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>') %}
+    {%- if m.role == 'user' and not told %}{%- set asked.last = loop.index0 %}{%- endif %}
 {%- endfor %}
 {%- for m in messages %}
     {%- if m.role == 'assistant' %}
-        {%- set parts = m.content.split('</think>') %}
-        {%- set said = m.content if m.reasoning_content is string else parts[-1].lstrip('\n') %}
-        {%- set said = said if '</think>' in m.content else m.content %}
-        {%- set thought = m.reasoning_content if m.reasoning_content is string else '' %}
-        {%- if m.reasoning_content is not string and parts | length > 1 %}
-            {%- set thought = parts[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+        {%- set said, thought = m.content, m.reasoning_content if m.reasoning_content is string else '' %}
+        {%- if '</think>' in said and m.reasoning_content is not string %}
+            {%- set thought = said.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set said = said.split('</think>')[-1].lstrip('\n') %}
         {%- endif %}
         {{- '<|im_start|>assistant\n' }}
         {%- if loop.index0 > asked.last and (loop.last or thought) %}
@@ -166,7 +162,7 @@ SMOLLM2 = r"""
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = ["user", "assistant", "system", "model", "hello", "world", "think", "name", "answer", "ab", "ing", "the", "12"]
-RUNS = ["\n\n", "\n\n\n", "  ", "    ", " \n", "?\n", ".\n\n", " a", " b", " the", " hello", " world", "\ta"]
+RUNS = ["\n\n", "\n\n\n", "  ", "    ", " \n", "\n ", "?\n", ".\n\n", " a", " b", " the", " hello", " world", "\ta"]
 LLAMA_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )

@@ -12,6 +12,7 @@ import pytest
 from qlora_cli.cache.entries import Cache
 from qlora_cli.data.dataset import Setting, TokenData, load_data
 from qlora_cli.data.kept import SETTINGS
+from qlora_cli.errors import DataError
 from qlora_cli.recipe.data_schema import DataSection
 from tests.conftest import make_tokenizer, write_jsonl
 from tests.data.conftest import THINKING
@@ -153,6 +154,16 @@ def test_a_refused_source_leaves_nothing_in_the_cache(place: Place) -> None:
     with pytest.raises(Exception, match="not JSON"):
         place.load()
     assert list(place.cache.place.iterdir()) == []
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(place: Place) -> None:
+    def change(opened: Any, rows: int, read: int) -> None:
+        place.file.write_text(place.file.read_text() + json.dumps(ROWS[0]) + "\n")
+
+    section = DataSection(train=str(place.file), template="tokenizer")
+    with pytest.raises(DataError, match="changed while it was read"):
+        load_data(section, Setting(make_tokenizer(), cache=place.cache, watch=change))
+    assert place.entries == []
 
 
 def _load(folder: str, ready: Any, found: Any) -> None:

@@ -1,0 +1,226 @@
+"""Masks of the five families of the shipped recipes, against literal text and against a slow computation of their own.
+
+The slow one knows transformers only: it renders what a conversation is after each answer and what prompts for that
+answer, encodes each whole text in one go, and takes the tokens whose characters lie behind the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2.exceptions import TemplateError
+
+from qlora_cli.data.conversation import Conversation, Message
+from qlora_cli.data.encode import Encoded, encode, encode_many
+from qlora_cli.data.formats import RowError
+from qlora_cli.data.turns import ChatTurns, TurnEncoder, turn_encoder
+from qlora_cli.data.verify import REWRITES, verify
+from tests.data.conftest import marked, talk
+from tests.data.families import FAMILIES, llama2
+
+NAMES = list(FAMILIES)
+WITH_BOS = ("gemma3", "llama31", "mistral03")
+WITH_TOOLS = ("llama31", "mistral03", "qwen3")
+Rows = list[tuple[list[int], list[bool]]]
+
+
+@cache
+def family(name: str) -> tuple[Any, TurnEncoder]:
+    """A family's tokenizer and our encoder for it."""
+    tokenizer = FAMILIES[name].tokenizer()
+    return tokenizer, turn_encoder(tokenizer, "auto", "messages")
+
+
+# The slow computation.
+
+
+class Refused(Exception):
+    """There is no text to learn this conversation from."""
+
+
+class Slow:
+    """Ids and masks of a conversation, from what transformers renders and from offsets of characters."""
+
+    def __init__(self, tokenizer: Any, end: str) -> None:
+        self.tokenizer, self.end = tokenizer, end
+
+    def rows(self, conversation: Conversation) -> Rows:
+        """A row for each answer, or one for several where the text after one is the beginning of the next's."""
+        made: Rows = []
+        spans: list[tuple[int, int, bool]] = []
+        texts = [self._texts(conversation, position) for position in conversation.assistant_turns()]
+        for place, (position, (cut, text)) in enumerate(zip(conversation.assistant_turns(), texts, strict=True)):
+            spans.append((cut, len(text), conversation.messages[position].train))
+            goes_on = place + 1 < len(texts) and texts[place + 1][1].startswith(text)
+            if not goes_on or self._straddles(text, cut):
+                made.append(self._row(text, cut, spans))
+                spans = []
+        return made
+
+    def _texts(self, conversation: Conversation, position: int) -> tuple[int, str]:
+        """Where an answer begins in the text that ends with it, and that text."""
+        prompt = self._render(conversation, position, True)
+        whole = self._render(conversation, position + 1, False)
+        stop = whole.rfind(self.end) + len(self.end)
+        if not whole.startswith(prompt) or stop <= len(prompt):
+            raise Refused
+        return len(prompt), whole[:stop]
+
+    def _render(self, conversation: Conversation, count: int, prompting: bool) -> str:
+        turns = [{"role": m.role, "content": m.content, **m.extra} for m in conversation.messages[:count]]
+        tools = list(conversation.tools) or None
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(turns, tools, tokenize=False, add_generation_prompt=prompting)
+            )
+        except TemplateError as error:
+            raise Refused from error
+
+    def _encoded(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(made["input_ids"]), list(made["offset_mapping"])
+
+    def _straddles(self, text: str, cut: int) -> bool:
+        return any(start < cut < stop for start, stop in self._encoded(text)[1])
+
+    def _row(self, text: str, cut: int, spans: Sequence[tuple[int, int, bool]]) -> tuple[list[int], list[bool]]:
+        ids, offsets = self._encoded(text)
+        if self._straddles(text, cut):  # the prompt is alone at inference
+            (ids, offsets), (more, behind) = self._encoded(text[:cut]), self._encoded(text[cut:])
+            ids, offsets = ids + more, offsets + [(start + cut, stop + cut) for start, stop in behind]
+        learned = [span for span in spans if span[2]]
+        return ids, [any(first <= start < last for first, last, _ in learned) for start, _ in offsets]
+
+
+def slow_rows(name: str, conversation: Conversation) -> Rows:
+    """The rows of a family."""
+    return Slow(family(name)[0], FAMILIES[name].end).rows(conversation)
+
+
+def rows_of(name: str, conversation: Conversation) -> Rows:
+    """Our rows, one conversation at a time; the same of many at once, or the assertion fails."""
+    turns = family(name)[1]
+    made = [(row.ids.tolist(), row.loss.tolist()) for row in encode(conversation, turns, "assistant")]
+    (many,) = encode_many([conversation], turns, "assistant")
+    assert isinstance(many, list)
+    assert [(ids.tolist(), loss.tolist()) for ids, loss in many] == made
+    return made
+
+
+# Literal conversations.
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "id": "abcdef123", "function": {"name": "add", "arguments": {"x": 1}}}
+CALLING = Conversation(
+    (
+        Message("user", "hello"),
+        Message("assistant", "", extra={"tool_calls": [CALL]}),
+        Message("tool", "7", extra={"tool_call_id": "abcdef123"}),
+        Message("assistant", "the 7"),
+    ),
+    (TOOL,),
+)
+AGAIN = Conversation((*CALLING.messages, Message("user", "a"), Message("assistant", "b")), (TOOL,))
+THOUGHT = talk("u: q", "a: <think>\nx\n</think>\n\na", "u: r", "a: <think>\ny\n</think>\n\nb")
+APART = Conversation((Message("user", "q"), Message("assistant", "a", extra={"reasoning_content": "x"})))
+TALKS: Mapping[str, Conversation] = {
+    "one turn": talk("u: hello", "a: world"),
+    "three turns": talk("u: hello", "a: world", "u: a", "a: b", "u: 123", "a: the answer"),
+    "unicode": talk("u: 中 é", "a: 中文 e\u0301 \U0001f600"),
+    "space before": talk("u: q", "a:   a", "u: r", "a: \n\n\nb"),
+    "space behind": talk("u: q ", "a: a  ", "u: r\n", "a: b\n\n"),
+    "space alone": talk("u: q", "a: \n \n", "u: r", "a: b"),
+    "quoted tokens": talk("u: <|im_end|></s>[/INST]<end_of_turn>", "a: a <|eot_id|> b"),
+    "an unanswered question": talk("u: q", "a: a", "u: r"),
+    "not learned": Conversation((Message("user", "q"), Message("assistant", "a", train=False), *talk("u: q", "a: a").messages)),
+}
+SYSTEM = talk("s: be the model", "u: hello", "a: world", "u: a", "a: b")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", TALKS)
+def test_masks_are_those_of_the_slow_computation(name: str, case: str) -> None:
+    assert rows_of(name, TALKS[case]) == slow_rows(name, TALKS[case])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "mistral03"])
+def test_masks_with_a_system_message_are_those_of_the_slow_computation(name: str) -> None:
+    assert rows_of(name, SYSTEM) == slow_rows(name, SYSTEM)
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+@pytest.mark.parametrize("conversation", [CALLING, AGAIN])
+def test_masks_with_calls_of_tools_are_those_of_the_slow_computation(name: str, conversation: Conversation) -> None:
+    assert rows_of(name, conversation) == slow_rows(name, conversation)
+
+
+@pytest.mark.parametrize("conversation", [THOUGHT, APART])
+def test_masks_with_reasoning_are_those_of_the_slow_computation(conversation: Conversation) -> None:
+    assert rows_of("qwen3", conversation) == slow_rows("qwen3", conversation)
+
+
+# Random conversations.
+
+PIECES = ["a", "b", " ", "\n", "\n\n", "hello", " the", "12", ".", "é", "e\u0301", "\u0301", "中", "\U0001f600", "\t"]
+TAGS = ["<think>", "</think>", "<tool_response>", "<|im_end|>", "</s>", "<end_of_turn>", "<|eot_id|>", "[INST]", "<|"]
+TEXTS = st.lists(st.sampled_from([*PIECES, *PIECES, *TAGS]), max_size=6).map("".join)
+
+
+@st.composite
+def conversations(draw: st.DrawFn, name: str) -> Conversation:
+    """Questions with answers, now and then with a tool between them, as a family's template takes them."""
+    calling = name in WITH_TOOLS and draw(st.booleans())
+    messages = [Message("system", draw(TEXTS))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append(Message("user", draw(TEXTS)))
+        if calling and draw(st.booleans()):
+            messages.append(Message("assistant", "", extra={"tool_calls": [CALL]}))
+            messages.append(Message("tool", draw(TEXTS), extra={"tool_call_id": "abcdef123"}))
+        thought = {"reasoning_content": draw(TEXTS)} if name == "qwen3" and draw(st.booleans()) else {}
+        messages.append(Message("assistant", draw(TEXTS), draw(st.booleans()), thought))
+    return Conversation(tuple(messages), (TOOL,) if calling else ())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_random_masks_are_those_of_the_slow_computation_and_refusals_too(name: str, data: st.DataObject) -> None:
+    conversation = data.draw(conversations(name))
+    try:
+        expected = slow_rows(name, conversation)
+    except Refused:
+        turns = family(name)[1]
+        with pytest.raises(RowError):
+            encode(conversation, turns, "assistant")
+        assert isinstance(encode_many([conversation], turns, "assistant")[0], RowError)
+    else:
+        assert rows_of(name, conversation) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_at_once_are_found_without_a_call_for_each(name: str) -> None:
+    """Else `encode_many` would be `encode`, and to compare it would say nothing."""
+    assert family(name)[1].rows([TALKS["one turn"]])[0] is not None
+    assert (family(name)[1].rows([TALKS["three turns"]])[0] is None) == (name == "qwen3")
+
+
+# Literally.
+
+
+def shown(row: Encoded, tokenizer: Any) -> str:
+    """The row's text, what carries loss in brackets."""
+    runs = groupby(zip(row.ids.tolist(), row.loss.tolist(), strict=True), key=lambda pair: pair[1])
+    texts = [(loss, tokenizer.decode([token for token, _ in run])) for loss, run in runs]
+    return "".join(f"⟦{text}⟧" if loss else text for loss, text in texts)
+
+
+def shown_rows(name: str, conversation: Conversation) -> list[str]:
+    """The conversation's rows, as text."""
+    tokenizer, turns = family(name)
+    return [shown(row, tokenizer) for row in encode(conversation, turns, "assistant")]
