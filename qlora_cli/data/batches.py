@@ -194,12 +194,11 @@ class Batching:
             else len(rows) * round_up(max(lengths), WIDTH_MULTIPLE)
         )
 
-    def bound(self, rows: Sequence[Encoded]) -> int:
-        """At least the positions of the largest micro-batch of a step's rows; quick."""
-        lengths = [len(row) for row in rows]
+    def bound(self, lengths: Sequence[int]) -> int:
+        """At least the positions of the largest micro-batch of a step with rows of these lengths; quick."""
         if self.packed:
             return round_up(max(*lengths, min(sum(lengths), self.rows * self.length), 0), WIDTH_MULTIPLE)
-        return min(len(rows), self.rows) * round_up(max(lengths), WIDTH_MULTIPLE)
+        return min(len(lengths), self.rows) * round_up(max(lengths), WIDTH_MULTIPLE)
 
     def halved(self) -> Batching | None:
         """Micro-batches of half the size; None where they cannot be smaller."""

@@ -20,17 +20,22 @@ Span = tuple[int, int, int]
 """Of an answer: the position of its message, its first token, and the place behind its last."""
 
 
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text, without anything added. A long one is no cause for a warning: limits are the recipe's."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
 def encode_texts(tokenizer: Any, texts: Iterable[str]) -> dict[str, list[int]]:
     """The ids of each text, without anything added. One call, outside of Python's lock, for a fast tokenizer."""
     wanted = list(dict.fromkeys(texts))
     if not wanted:
         return {}
-    first = list(tokenizer(wanted[0], add_special_tokens=False).input_ids)  # also ends a truncation set before
+    first = ids_of(tokenizer, wanted[0])  # also ends a truncation set before
     if tokenizer.is_fast:
         found = [each.ids for each in tokenizer.backend_tokenizer.encode_batch_fast(wanted, add_special_tokens=False)]
         if found[0] == first:  # it does no more than its backend
             return dict(zip(wanted, found, strict=True))
-    return {text: list(tokenizer(text, add_special_tokens=False).input_ids) for text in wanted}
+    return {text: ids_of(tokenizer, text) for text in wanted}
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from qlora_cli.data.conversation import Conversation, Message
 from qlora_cli.data.formats import RowError
-from qlora_cli.data.pieces import Layout, Marks, encode_texts
+from qlora_cli.data.pieces import Layout, Marks, encode_texts, ids_of
 from qlora_cli.data.render import Renderer, Tools
 from qlora_cli.data.templates import Chosen, apply_template, no_template
 from qlora_cli.errors import DataError
@@ -78,7 +78,7 @@ class PlainTurns:
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """See `TurnEncoder.prompt`."""
         _refuse_tools(messages, tools)
-        contents = [self._tokenizer(message.content, add_special_tokens=False).input_ids for message in messages]
+        contents = [ids_of(self._tokenizer, message.content) for message in messages]
         return self._joined(messages, contents)[0]
 
     def turn(self, messages: Sequence[Message], tools: Tools = ()) -> tuple[list[int], list[int]]:
@@ -217,7 +217,7 @@ class ChatTurns:
         return head, whole if whole.startswith(head) else head + _after_think_block(head, whole)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return ids_of(self.tokenizer, text)
 
 
 def _opening(whole: str, message: Message) -> str:

@@ -81,10 +81,10 @@ def largest(job: Job) -> Sequence[Encoded]:
     best: Sequence[Encoded] = ()
     most = 0
     for step in range(job.total_steps):
-        rows = job.step_rows(step)
-        if job.batching.bound(rows) <= most:
+        places = job.order.step_rows(step, job.total_rows)
+        if job.batching.bound([job.order.lengths[i] for i in places]) <= most:
             continue
-        for batch in job.batching.split(rows):
+        for batch in job.batching.split([job.rows[i] for i in places]):
             if job.batching.positions(batch) > most:
                 best, most = batch, job.batching.positions(batch)
     return best

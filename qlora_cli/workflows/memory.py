@@ -139,18 +139,18 @@ def _made(shapes: Mapping[str, tuple[int, int]], gated: Collection[str]) -> int:
 def load_of(recipe: Recipe, data: TokenData, order: Order, steps: int, rows: int) -> Load:
     """Bounds that are quick to find, and within a few percent of the true micro-batches."""
     train = Batching(recipe.train.micro_batch_size, recipe.data.max_length, recipe.train.packing)
-    drawn = [[data.train[i] for i in order.step_rows(step, rows)] for step in range(min(steps, MOST_STEPS))]
-    held_out = replace(train, rows=recipe.eval.batch_size)
-    tokens = max(map(train.bound, drawn))
-    rows_drawn = [row for step in drawn for row in step]
+    places = [order.step_rows(step, rows) for step in range(min(steps, MOST_STEPS))]
+    lengths, targets, held = data.train.lengths, data.train.targets, data.held_out.lengths.tolist()
+    every = [row for step in places for row in step]
+    drawn = [[data.train[i] for i in step] for step in places[:FIRST]]
     return Load(
-        tokens=tokens,
-        longest=max(map(len, rows_drawn)),
-        eval_tokens=held_out.bound(data.held_out) if data.held_out else 0,
-        eval_longest=max(map(len, data.held_out), default=0),
-        targets=sum(row.targets for row in rows_drawn) / sum(map(len, rows_drawn)),
-        widths=len({train.positions(batch) for step in drawn[:FIRST] for batch in train.split(step)}),
-        row_widths=len({round_up(len(row), WIDTH_MULTIPLE) for step in drawn[:FIRST] for row in step}),
+        tokens=max(train.bound(lengths[step].tolist()) for step in places),
+        longest=int(lengths[every].max()),
+        eval_tokens=replace(train, rows=recipe.eval.batch_size).bound(held) if held else 0,
+        eval_longest=max(held, default=0),
+        targets=float(targets[every].sum() / lengths[every].sum()),
+        widths=len({train.positions(batch) for step in drawn for batch in train.split(step)}),
+        row_widths=len({round_up(len(row), WIDTH_MULTIPLE) for step in drawn for row in step}),
     )
 
 

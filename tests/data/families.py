@@ -164,7 +164,8 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = ["user", "assistant", "system", "model", "hello", "world", "think", "name", "answer", "ab", "ing", "the", "12"]
 RUNS = ["\n\n", "\n\n\n", "  ", "    ", " \n", "\n ", "?\n", ".\n\n", " a", " b", " the", " hello", " world", "\ta"]
 LLAMA_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN_WORDS = LLAMA_WORDS.replace("{1,3}", "")
 
@@ -208,12 +209,15 @@ def _wrapped(made: Tokenizer, special: Sequence[str], words: Sequence[str], **na
     made.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     made.add_tokens([AddedToken(token, normalized=False) for token in words])
     fast = PreTrainedTokenizerFast(tokenizer_object=made, **named)
-    if named.get("bos_token") in ("<bos>", "<s>", "<|begin_of_text|>"):
-        bos = named["bos_token"]
-        habit = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fast.bos_token_id)]
-        )
-        fast.backend_tokenizer.post_processor = habit
+    return fast
+
+
+def _with_bos(fast: Any) -> Any:
+    """The tokenizer with the habit of putting BOS before a text."""
+    bos = fast.bos_token
+    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fast.bos_token_id)]
+    )
     return fast
 
 
@@ -224,8 +228,8 @@ def gemma3() -> Any:
     made.normalizer = normalizers.Replace(" ", "\u2581")
     made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     runs = ["\n", "\n\n", "\n\n\n", "\u2581\u2581\u2581", "<table>"]
-    return _wrapped(
-        made, special, runs, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    return _with_bos(
+        _wrapped(made, special, runs, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
     )
 
 
@@ -234,7 +238,7 @@ def llama31() -> Any:
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"]
     special += ["<|eot_id|>", "<|python_tag|>"]
     made = _byte_level(special, pre_tokenizers.Split(Regex(LLAMA_WORDS), "isolated"), ["ipython", " answer", " Date"])
-    return _wrapped(made, special, [], bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
+    return _with_bos(_wrapped(made, special, [], bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"))
 
 
 def mistral03() -> Any:
@@ -243,7 +247,7 @@ def mistral03() -> Any:
     special += ["[TOOL_RESULTS]", "[/TOOL_RESULTS]"]
     made = _sentencepiece(special, ["\u2581a", "\u2581the", "\u2581hello", "\u2581world", "\u2581\u2581"])
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    return _wrapped(made, special, [], bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return _with_bos(_wrapped(made, special, [], bos_token="<s>", eos_token="</s>", unk_token="<unk>"))
 
 
 def llama2() -> Any:
@@ -251,7 +255,7 @@ def llama2() -> Any:
     special = ["<unk>", "<s>", "</s>"]
     made = _sentencepiece(special, ["\u2581a", "\u2581the", "\u2581hello", "\u2581world", "\u2581\u2581"])
     made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    return _wrapped(made, special, [], bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return _with_bos(_wrapped(made, special, [], bos_token="<s>", eos_token="</s>", unk_token="<unk>"))
 
 
 def qwen3() -> Any:

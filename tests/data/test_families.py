@@ -40,7 +40,7 @@ def family(name: str) -> tuple[Any, TurnEncoder]:
 # The slow computation.
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """There is no text to learn this conversation from."""
 
 
@@ -69,7 +69,7 @@ class Slow:
         whole = self._render(conversation, position + 1, False)
         stop = whole.rfind(self.end) + len(self.end)
         if not whole.startswith(prompt) or stop <= len(prompt):
-            raise Refused
+            raise RefusedError
         return len(prompt), whole[:stop]
 
     def _render(self, conversation: Conversation, count: int, prompting: bool) -> str:
@@ -80,7 +80,7 @@ class Slow:
                 self.tokenizer.apply_chat_template(turns, tools, tokenize=False, add_generation_prompt=prompting)
             )
         except TemplateError as error:
-            raise Refused from error
+            raise RefusedError from error
 
     def _encoded(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -138,7 +138,9 @@ TALKS: Mapping[str, Conversation] = {
     "space alone": talk("u: q", "a: \n \n", "u: r", "a: b"),
     "quoted tokens": talk("u: <|im_end|></s>[/INST]<end_of_turn>", "a: a <|eot_id|> b"),
     "an unanswered question": talk("u: q", "a: a", "u: r"),
-    "not learned": Conversation((Message("user", "q"), Message("assistant", "a", train=False), *talk("u: q", "a: a").messages)),
+    "not learned": Conversation(
+        (Message("user", "q"), Message("assistant", "a", train=False), *talk("u: q", "a: a").messages)
+    ),
 }
 SYSTEM = talk("s: be the model", "u: hello", "a: world", "u: a", "a: b")
 
@@ -194,7 +196,7 @@ def test_random_masks_are_those_of_the_slow_computation_and_refusals_too(name: s
     conversation = data.draw(conversations(name))
     try:
         expected = slow_rows(name, conversation)
-    except Refused:
+    except RefusedError:
         turns = family(name)[1]
         with pytest.raises(RowError):
             encode(conversation, turns, "assistant")
@@ -224,3 +226,206 @@ def shown_rows(name: str, conversation: Conversation) -> list[str]:
     """The conversation's rows, as text."""
     tokenizer, turns = family(name)
     return [shown(row, tokenizer) for row in encode(conversation, turns, "assistant")]
+
+
+LLAMA_DATES = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+    "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+)
+LLAMA_USER, LLAMA_SAYS = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
+SMOL_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+ASKED, SAYS = "<|im_start|>user\n", "<|im_start|>assistant\n"
+LITERAL: list[tuple[str, Conversation, list[str]]] = [
+    (
+        "gemma3",
+        SYSTEM,
+        [
+            "<bos><start_of_turn>user\nbe the model\n\nhello<end_of_turn>\n<start_of_turn>model\n⟦world<end_of_turn>⟧\n"
+            "<start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\n⟦b<end_of_turn>⟧"
+        ],
+    ),
+    (
+        "gemma3",
+        TALKS["space behind"],
+        [
+            "<bos><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\n⟦a<end_of_turn>⟧\n"
+            "<start_of_turn>user\nr<end_of_turn>\n<start_of_turn>model\n⟦b<end_of_turn>⟧"
+        ],
+    ),
+    (
+        "llama31",
+        SYSTEM,
+        [
+            f"{LLAMA_DATES}be the model<|eot_id|>{LLAMA_USER}hello<|eot_id|>{LLAMA_SAYS}⟦world<|eot_id|>⟧"
+            f"{LLAMA_USER}a<|eot_id|>{LLAMA_SAYS}⟦b<|eot_id|>⟧"
+        ],
+    ),
+    (
+        "llama31",
+        TALKS["space before"],
+        [
+            f"{LLAMA_DATES}<|eot_id|>{LLAMA_USER}q<|eot_id|>{LLAMA_SAYS}⟦a<|eot_id|>⟧"
+            f"{LLAMA_USER}r<|eot_id|>{LLAMA_SAYS}⟦b<|eot_id|>⟧"
+        ],
+    ),
+    (
+        "mistral03",
+        TALKS["three turns"],
+        ["<s>[INST] hello[/INST]⟦ world</s>⟧[INST] a[/INST]⟦ b</s>⟧[INST] 123[/INST]⟦ the answer</s>⟧"],
+    ),
+    ("mistral03", TALKS["space behind"], ["<s>[INST] q [/INST]⟦ a</s>⟧[INST] r\n[/INST]⟦ b</s>⟧"]),
+    (
+        "mistral03",
+        AGAIN,
+        [
+            '<s>[AVAILABLE_TOOLS] [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]'
+            '[/AVAILABLE_TOOLS][INST] hello[/INST]⟦[TOOL_CALLS] [{"name": "add", "arguments": {"x": 1}, '
+            '"id": "abcdef123"}]</s>⟧[TOOL_RESULTS] {"content": 7, "call_id": "abcdef123"}[/TOOL_RESULTS]⟦ the 7</s>⟧',
+            '<s>[INST] hello[/INST][TOOL_CALLS] [{"name": "add", "arguments": {"x": 1}, "id": "abcdef123"}]</s>'
+            '[TOOL_RESULTS] {"content": 7, "call_id": "abcdef123"}[/TOOL_RESULTS] the 7</s>[AVAILABLE_TOOLS] '
+            '[{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}][/AVAILABLE_TOOLS]'
+            "[INST] a[/INST]⟦ b</s>⟧",
+        ],
+    ),
+    (
+        "qwen3",
+        THOUGHT,
+        [
+            f"{ASKED}q<|im_end|>\n{SAYS}⟦<think>\nx\n</think>\n\na<|im_end|>⟧",
+            f"{ASKED}q<|im_end|>\n{SAYS}a<|im_end|>\n{ASKED}r<|im_end|>\n{SAYS}⟦<think>\ny\n</think>\n\nb<|im_end|>⟧",
+        ],
+    ),
+    ("qwen3", APART, [f"{ASKED}q<|im_end|>\n{SAYS}⟦<think>\nx\n</think>\n\na<|im_end|>⟧"]),
+    ("qwen3", talk("u: q", "a: \n a \n"), [f"{ASKED}q<|im_end|>\n{SAYS}⟦<think>\n\n</think>\n\n a \n<|im_end|>⟧"]),
+    (
+        "smollm2",
+        TALKS["space behind"],
+        [f"{SMOL_SYSTEM}{ASKED}q <|im_end|>\n{SAYS}⟦a  <|im_end|>⟧\n{ASKED}r\n<|im_end|>\n{SAYS}⟦b\n\n<|im_end|>⟧"],
+    ),
+    (
+        "smollm2",
+        SYSTEM,
+        [
+            f"<|im_start|>system\nbe the model<|im_end|>\n{ASKED}hello<|im_end|>\n{SAYS}⟦world<|im_end|>⟧\n"
+            f"{ASKED}a<|im_end|>\n{SAYS}⟦b<|im_end|>⟧"
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "conversation", "rows"), LITERAL)
+def test_a_familys_rows_are_its_text_with_loss_on_the_answers(
+    name: str, conversation: Conversation, rows: list[str]
+) -> None:
+    assert shown_rows(name, conversation) == rows
+
+
+TOKENS = {
+    "gemma3": (
+        [2, 4, 349, 402, 278, 5, 402, 4, 366, 402, 262, 5],
+        "<bos> <start_of_turn> user \n q <end_of_turn> \n <start_of_turn> model \n [a] [<end_of_turn>]",
+    ),
+    "mistral03": ([1, 3, 349, 282, 4, 396, 2], "<s> [INST] ▁ q [/INST] [▁a] [</s>]"),
+    "qwen3": (
+        [329, 258, 198, 80, 330, 198, 329, 266, 198, 335, 301, 336, 301, 64, 330],
+        "<|im_start|> user Ċ q <|im_end|> Ċ <|im_start|> assistant Ċ [<think>] [ĊĊ] [</think>] [ĊĊ] [a] [<|im_end|>]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_the_ids_of_a_question_and_its_answer(name: str) -> None:
+    tokenizer, turns = family(name)
+    (row,) = encode(talk("u: q", "a: a"), turns, "assistant")
+    assert (row.ids.tolist(), marked(row, tokenizer)) == TOKENS[name]
+
+
+def test_line_breaks_that_would_be_one_token_with_the_prompts_are_learned_apart_from_it() -> None:
+    tokenizer, turns = family("smollm2")
+    assert tokenizer.tokenize("assistant\n\n\nb") == ["assistant", "ĊĊ", "Ċ", "b"]
+    (row,) = encode(talk("s: s", "u: q", "a: \n\nb"), turns, "assistant")
+    assert marked(row, tokenizer) == (
+        "<|im_start|> system Ċ s <|im_end|> Ċ <|im_start|> user Ċ q <|im_end|> Ċ "
+        "<|im_start|> assistant Ċ [Ċ] [Ċ] [b] [<|im_end|>]"
+    )
+
+
+def test_without_thinking_the_empty_block_is_the_prompts_and_reasoning_is_refused() -> None:
+    tokenizer = FAMILIES["qwen3"].tokenizer()
+    turns = turn_encoder(tokenizer, "{%- set enable_thinking = false %}" + tokenizer.chat_template, "messages")
+    (row,) = encode(talk("u: q", "a: a"), turns, "assistant")
+    assert shown(row, tokenizer) == f"{ASKED}q<|im_end|>\n{SAYS}<think>\n\n</think>\n\n⟦a<|im_end|>⟧"
+    with pytest.raises(RowError, match="empty <think> block, but this answer has reasoning"):
+        encode(APART, turns, "assistant")
+
+
+TWICE = Conversation((Message("user", "q"), Message("assistant", "", extra={"tool_calls": [CALL, CALL]})), (TOOL,))
+UNNAMED = Conversation(
+    (Message("user", "q"), Message("assistant", "", extra={"tool_calls": [{**CALL, "id": "c1"}]})), (TOOL,)
+)
+REFUSED = [
+    ("gemma3", talk("u: q", "u: r", "a: a"), "refuses this conversation: Conversation roles must alternate"),
+    ("gemma3", CALLING, "refuses this conversation: Conversation roles must alternate"),
+    ("mistral03", talk("u: q", "a: a", "a: b"), "refuses this conversation: After the optional system message"),
+    ("mistral03", SYSTEM, "renders the prompt otherwise once the answer is there"),
+    ("mistral03", UNNAMED, "refuses this conversation: Tool call IDs should be alphanumeric strings with length 9"),
+    ("llama31", TWICE, "refuses this conversation: This model only supports single tool-calls at once"),
+]
+
+
+@pytest.mark.parametrize(("name", "conversation", "reason"), REFUSED)
+def test_what_a_familys_template_cannot_say_is_refused_in_its_words(
+    name: str, conversation: Conversation, reason: str
+) -> None:
+    turns = family(name)[1]
+    with pytest.raises(RowError, match=reason):
+        encode(conversation, turns, "assistant")
+    (many,) = encode_many([conversation], turns, "assistant")
+    assert isinstance(many, RowError)
+
+
+# What holds of all.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_answer_ends_in_one_supervised_end_of_turn_at_which_generation_stops(name: str) -> None:
+    tokenizer, turns = family(name)
+    end, eos = tokenizer.convert_tokens_to_ids([FAMILIES[name].end, FAMILIES[name].eos])
+    assert turns.stop_ids == {end, eos}
+    rows = encode(TALKS["three turns"], turns, "assistant")
+    learned = [row.ids[row.loss].tolist() for row in rows]
+    assert sum(ids.count(end) for ids in learned) == 3
+    assert all(ids[-1] == end for ids in learned)
+    assert all(eos not in ids for ids in learned if eos != end)
+    assert all(row.loss[-1] and row.ids[-1] == end for row in rows)
+
+
+@pytest.mark.parametrize("name", WITH_BOS)
+def test_bos_is_not_doubled_by_template_and_habit(name: str) -> None:
+    tokenizer, turns = family(name)
+    bos = tokenizer.bos_token_id
+    assert tokenizer("a").input_ids[0] == bos
+    for conversation in (TALKS["three turns"], CALLING if name != "gemma3" else SYSTEM):
+        (row,) = encode(conversation, turns, "assistant")
+        assert row.ids.tolist().count(bos) == 1
+        assert row.ids[0] == bos
+        assert turns.prompt(conversation.messages[:1], conversation.tools).count(bos) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_family_is_verified_and_only_rewritten_history_is_noted(name: str) -> None:
+    turns = family(name)[1]
+    assert isinstance(turns, ChatTurns)
+    assert verify(turns, [TALKS["one turn"], TALKS["unicode"], SYSTEM]) == ((REWRITES,) if name == "qwen3" else ())
+    assert verify(turns, [AGAIN]) == ((REWRITES,) if name in ("qwen3", "mistral03") else ())
+
+
+@pytest.mark.parametrize("text", ["### Human: hello### Assistant: the answer", " a\n\n中", "b</s>a"])
+def test_a_text_for_llama_2_is_what_its_tokenizer_makes_of_it_and_eos_all_learned(text: str) -> None:
+    tokenizer = llama2()
+    turns = turn_encoder(tokenizer, "auto", "text")
+    (row,) = encode(talk(f"a: {text}"), turns, "all")
+    assert row.ids.tolist() == [*tokenizer(text).input_ids, 2]
+    assert row.ids[:2].tolist() == tokenizer.convert_tokens_to_ids(["<s>", tokenizer.tokenize(text)[0]])
+    assert row.loss.all()
+    assert verify(turns, [talk(f"a: {text}")]) == ()
