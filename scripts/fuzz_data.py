@@ -291,7 +291,7 @@ def check_text(problem: Problem) -> None:
     text = str(problem)
     text.encode()
     assert len(text) < LONGEST_PROBLEM, f"{len(text)} characters: {text[:200]}"
-    unseen = sorted({c for c in text if ord(c) < 32 and c != "\n"} | {c for c in text if 0x7F <= ord(c) < 0xA0})
+    unseen = sorted({c for c in text if ord(c) < 32 and c not in "\n\t"} | {c for c in text if 0x7F <= ord(c) < 0xA0})
     assert not unseen, f"control characters {unseen} in {text[:200]!r}"
 
 

@@ -159,7 +159,7 @@ def _put(batch: MicroBatch, line: int, start: int, row: Encoded) -> None:
     end = start + len(row)
     batch.ids[line, start:end] = torch.from_numpy(row.ids.astype(np.int64))
     batch.attention[line, start:end] = 1
-    batch.targets[line, start : end - 1] = torch.from_numpy(row.loss[1:])
+    batch.targets[line, start : end - 1] = torch.from_numpy(row.loss[1:].copy())
 
 
 @dataclass(frozen=True)

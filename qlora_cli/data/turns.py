@@ -7,8 +7,10 @@ training, and what ends its turn there was a target here.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +24,11 @@ from qlora_cli.data.templates import Chosen, apply_template, no_template
 from qlora_cli.errors import DataError
 
 _MEND = "choose another data.template, or mend the template in the base's tokenizer files"
+
+
+SAID = frozenset({"tool_calls", "reasoning_content"})
+"""Fields of an answer that are something it says."""
+_WITH_TOOLS = "set data.template to one that renders it (chatml and llama3 render tools), or remove it from the row"
 
 
 class Answer(NamedTuple):
@@ -213,16 +220,35 @@ class ChatTurns:
     def _texts(self, messages: Sequence[Message], tools: Tools) -> tuple[str, str]:
         """The text that prompts for the last turn, and that text with the turn behind it."""
         whole = self._render(messages, False, tools)
-        head = self._render(messages[:-1], True, tools) if len(messages) > 1 else _opening(whole, messages[0])
-        return head, whole if whole.startswith(head) else head + _after_think_block(head, whole)
+        self._check_heard(messages, tools, whole)
+        head = self._render(messages[:-1], True, tools) if len(messages) > 1 else self._opening(messages[0], tools)
+        if whole.startswith(head):
+            return head, whole
+        spoken = [message for message in messages if message.role != "system"]
+        if 1 < len(spoken) < len(messages):  # some templates write the system's words only while they prompt
+            bare = self._render(spoken[:-1], True, tools)
+            if whole.startswith(bare):
+                return head, head + whole[len(bare) :]
+        return head, head + _after_think_block(head, whole)
+
+    def _check_heard(self, messages: Sequence[Message], tools: Tools, whole: str) -> None:
+        """Refuses what the template would leave out without a word."""
+        last = messages[-1]
+        if tools and self._render(messages, False) == whole:
+            raise RowError("the chat template has no place for `tools`", _WITH_TOOLS)
+        for name in sorted(name for name in SAID if str(last.extra.get(name) or "").strip()):
+            rest = {key: value for key, value in last.extra.items() if key != name}
+            if self._render([*messages[:-1], replace(last, extra=rest)], False, tools) == whole:
+                raise RowError(f"the chat template has no place for `{name}`", _WITH_TOOLS)
+
+    def _opening(self, message: Message, tools: Tools) -> str:
+        """What the template puts before an answer that nothing precedes: all that does not depend on what it says."""
+        marks = ("\ue000", "\ue001")
+        texts = [self._render([replace(message, content=mark, extra={})], False, tools) for mark in marks]
+        return os.path.commonprefix(texts).rstrip(" ")  # noqa: RUF071 - of characters
 
     def _ids(self, text: str) -> list[int]:
         return ids_of(self.tokenizer, text)
-
-
-def _opening(whole: str, message: Message) -> str:
-    """What a template puts before the first turn: the text up to its content. (No template renders nothing at all.)"""
-    return whole[: max(0, whole.find(message.content.strip()))]
 
 
 class _NoReasoningError(RowError):

@@ -33,5 +33,8 @@ def _lines(section: Section, origins: Mapping[str, str], prefix: tuple[str, ...]
         if isinstance(value, Section):
             yield f"{indent}{name}:"
             yield from _lines(value, origins, path)
+        elif isinstance(value, dict) and any(isinstance(each, Section) for each in value.values()):
+            yield f"{indent}{name}:  # {printable(origins['.'.join(path)])}"
+            yield from (f"{indent}  {written(key)}: {written(each.model_dump())}" for key, each in value.items())
         else:
             yield f"{indent}{name}: {written(value)}  # {printable(origins['.'.join(path)])}"

@@ -2,9 +2,10 @@
 Instruct v0.3, Qwen3, SmolLM2, and the text-only Llama 2.
 
 Written from the families' documented behaviour, not copied. A template here is worded otherwise than its original, but
-makes the same text of what our rows can hold (content is text; no images, no built-in tools). A vocabulary is a few
-hundred tokens; what matters for masks is as in the family: its special tokens, how a text is cut into words, what
-becomes of spaces and of characters without a token, and whether a BOS is put before a text.
+does the same with what our rows can hold (content is text; no images, no built-in tools): which turns it takes and
+refuses, what it strips, folds, moves or takes out, and what ends a turn. Its words on tools are shortened. A vocabulary
+is a few hundred tokens; what matters for masks is as in the family: its special tokens, how a text is cut into words,
+what becomes of spaces and of characters without a token, and whether a BOS is put before a text.
 """
 
 from __future__ import annotations
@@ -208,8 +209,7 @@ def _wrapped(made: Tokenizer, special: Sequence[str], words: Sequence[str], **na
     """The tokenizer with its special tokens, and added tokens that are none."""
     made.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     made.add_tokens([AddedToken(token, normalized=False) for token in words])
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, **named)
-    return fast
+    return PreTrainedTokenizerFast(tokenizer_object=made, **named)
 
 
 def _with_bos(fast: Any) -> Any:

@@ -268,3 +268,12 @@ def test_a_tokenizer_that_does_more_than_its_backend_is_asked_itself() -> None:
     (row,) = PlainTurns(tokenizer).rows([conversation])
     assert row is not None
     assert tokens(tokenizer, row.ids.tolist()) == "r q b a </s>"
+
+
+@pytest.mark.parametrize("said", ["a", " ", "s", "<s>", "ssistant", "x</think>b"])
+def test_an_answer_that_nothing_precedes_begins_behind_what_does_not_depend_on_it(said: str) -> None:
+    tokenizer = make_tokenizer()
+    turns = turn_encoder(tokenizer, "tokenizer", "messages")
+    before, answer = turns.turn((Message("assistant", said),))
+    assert tokenizer.decode(before) == "<s><|assistant|>\n"
+    assert tokenizer.decode(answer) == f"{said}</s>"

@@ -61,3 +61,15 @@ def test_a_resolved_recipe_always_reads_back_equal(load: Load, recipe: Recipe, o
     loaded = LoadedRecipe(recipe, Path("mine.yaml"), "", origins, ())
     Path("resolved.yaml").write_bytes(resolved_yaml(loaded).encode())
     assert read_resolved("resolved.yaml") == recipe
+
+
+def test_sources_are_written_a_line_each_and_read_again(load: Load, tmp_path: Path) -> None:
+    text = (
+        "model: {base: b}\ntrain: {steps: 1}\ndata:\n  mix: interleave\n  sources:\n"
+        "    first one: {path: 'rows/*.jsonl: # \"x\"', weight: 2, columns: {prompt: a}, format: alpaca}\n"
+        "    b: {path: owner/rows, config: c, take: 3, shuffle: true}\n"
+    ).replace("columns: {prompt: a}", "columns: {instruction: a}")
+    loaded = load(text)
+    (tmp_path / "resolved.yaml").write_text(resolved_yaml(loaded))
+    assert read_resolved(tmp_path / "resolved.yaml") == loaded.recipe
+    assert len(loaded.recipe.data.sources) == 2
