@@ -1,13 +1,14 @@
 """Feeds mutated rows and files to the whole way of the data, and checks that each is encoded or refused by name.
 
-    python scripts/fuzz_data.py [--count 10000] [--seed 0] [--only NUMBER]
+    python scripts/fuzz_data.py [--count 10000] [--seed 0] [--only NUMBER] [--longest 1000000]
 
 A case is a file and a data section: rows of some format, mutated as values, as text, as bytes or as a packed file,
 written in any kind of file, and read with any template and policy. Good rows and the mutator of bytes are those of the
 tests. The same seed and number make the same case, whatever others ran before it.
 
 Invariant: `load_data` returns counts that add up, with the place of every row that was lost, or raises a `QloraError`
-that names the file, and the row where one row is to blame. Anything else is a traceback, and ends this with 1.
+that names the file, and the row where one row is to blame. Whatever else comes back is counted as broken, whatever
+else is raised as a traceback, and either ends this with 1.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import faulthandler
+import gzip
 import io
 import json
 import random
@@ -29,7 +31,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,10 @@ from tests.data.format_cases import GOOD
 from tests.data.test_readers import PACK, feather_of, mutated, parquet_of, stream_of, table
 
 Row = dict[str, Any]
+LONGEST = 1_000_000
+"""Characters of a long text; one that a tokenizer without merges makes a token of each takes up to a kilobyte each."""
+REFUSED_LENGTH = 70_000_000
+"""Characters of a line that no reader takes."""
 HANGS = 300
 """Seconds after which a case hangs."""
 LONGEST_PROBLEM = 5000
@@ -81,6 +87,9 @@ KEYS = ["role", "content", "from", "value", "train", "weight", "tool_calls", "fu
 ENCODINGS = ["utf-16", "utf-16-le", "utf-32", "utf-8-sig", "latin-1", "cp1252", "cp500", "utf-7"]
 SUFFIXES = [".jsonl"] * 6 + [".ndjson", ".json", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt"]
 
+PACKERS = PACK | {".gz": partial(gzip.compress, mtime=0)}
+"""Without the time in them, so that a case comes again."""
+
 
 def nested(levels: int, noise: random.Random) -> Any:
     """Lists, or objects, so deep."""
@@ -94,18 +103,18 @@ def odd(noise: random.Random) -> Any:
     """A value that nobody expects."""
     kind = noise.randrange(8)
     if kind == 0:
-        return nested(noise.choice((1, 2, 99, 101, 190, 250, 600)), noise)
+        return nested(noise.choice((1, 2, 99, 101, 190, 250, 350)), noise)
     if kind == 1:
         return noise.choice(STRANGE)
     return noise.choice((None, noise.choice(NUMBERS), noise.choice(WORDS), [], {}, [None], [[]], [{}]))
 
 
-def places(value: Any) -> list[tuple[Any, Any]]:
-    """(holder, key) of every value within."""
+def places(value: Any, levels: int = 12) -> list[tuple[Any, Any]]:
+    """(holder, key) of every value within so many levels: what is nested deeper stays as it is."""
     found: list[tuple[Any, Any]] = []
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
-    for key in keys:
-        found += [(value, key), *places(value[key])]
+    for key in keys if levels else ():
+        found += [(value, key), *places(value[key], levels - 1)]
     return found
 
 
@@ -195,16 +204,16 @@ class Case:
         return f"case {self.number} ({self.kind}, {self.path.name}): {self.keys}"
 
 
-def make_case(seed: int, number: int, folder: Path, longest: int = 1) -> Case:
-    """Writes the file of a case. `longest` scales rows that are long: 1 is for up to 65 MB."""
+def make_case(seed: int, number: int, folder: Path, longest: int = LONGEST) -> Case:
+    """Writes the file of a case. Long texts have up to `longest` characters."""
     noise = random.Random(f"{seed} {number}")
     row_format = noise.choice(list(FORMATS))
     good = [row for name, row, _ in GOOD if name == row_format]
     rows = [deepcopy(noise.choice(good)) for _ in range(noise.choice((1, 3, 10, 30)))]
-    suffix, packing = noise.choice(SUFFIXES), noise.choice([*[""] * 4, *PACK])
+    suffix, packing = noise.choice(SUFFIXES), noise.choice([*[""] * 4, *PACKERS])
     kind = noise.choices(["row", "text", "packed", "encoding", "long"], [70, 12, 12, 5.5, 0.5])[0]
     content, known = spoilt(kind, rows, suffix, noise, longest)
-    content = PACK[packing](content)
+    content = PACKERS[packing](content)
     path = folder / f"{number}{suffix}{packing}"
     path.write_bytes(mutated(content, noise) if kind == "packed" else content)
     keys = {name: noise.choice(values) for name, values in CHOICES.items()}
@@ -221,7 +230,11 @@ def spoilt(kind: str, rows: list[Row], suffix: str, noise: random.Random, longes
         return written(rows, suffix, noise), len(rows)
     if kind == "long":
         holder, key = noise.choice([place for row in rows for place in places(row)])
-        holder[key] = noise.choice(("a", "\u00e4 ", "x\n")) * (noise.choice((1, 1, 1, 5, 25, 65)) * 500_000 // longest)
+        length = noise.choice((longest // 10, longest // 3, longest))
+        if suffix in {".jsonl", ".ndjson"} and longest >= LONGEST and noise.random() < 0.2:
+            length = REFUSED_LENGTH
+        unit = noise.choice(("a", "\u00e4 ", "x\n"))
+        holder[key] = unit * (length // len(unit))
         return written(rows, suffix, noise), None
     content = written(rows, suffix, noise)
     if kind == "text":
@@ -239,6 +252,10 @@ def tokenizer_for(template: str) -> Any:
     return make_tokenizer()
 
 
+class BrokenError(Exception):
+    """What came back is not what it must be."""
+
+
 @dataclass
 class Tally:
     """What became of cases and of the rows in them."""
@@ -246,10 +263,11 @@ class Tally:
     cases: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    broken: int = 0
     tracebacks: int = 0
 
     def add(self, case: Case) -> None:
-        """Runs a case. Raises what it raises but for a `QloraError` that says what it must."""
+        """Runs a case. Raises what it raises but for a `QloraError`, and `BrokenError`."""
         section = DataSection.model_validate({"train": str(case.path), **case.keys})
         try:
             data = load_data(section, Setting(tokenizer_for(section.template)))
@@ -264,19 +282,26 @@ class Tally:
     def as_json(self) -> dict[str, Any]:
         """Counts, the larger first."""
         named = {"cases": self.cases, "rows": self.rows, "refused": self.refused}
-        return {name: dict(counts.most_common()) for name, counts in named.items()} | {"tracebacks": self.tracebacks}
+        found: dict[str, Any] = {name: dict(counts.most_common()) for name, counts in named.items()}
+        return found | {"broken": self.broken, "tracebacks": self.tracebacks}
+
+
+def must(holds: bool, what: str) -> None:
+    """Raises `BrokenError` unless it holds."""
+    if not holds:
+        raise BrokenError(what)
 
 
 def check_refusal(case: Case, error: QloraError) -> str:
-    """What kind of refusal it is; asserts that it can be read and names the file."""
+    """What kind of refusal it is; checks that it can be read and names the file."""
     problems = list(error.problems)
     if len(problems) > MOST_NAMED:
-        assert re.fullmatch(r"[\d]+ more rows like these", problems.pop().what), "a count of the others"
+        must(problems.pop().what.endswith(" more rows like these"), "the last problem does not count the others")
     for problem in problems:
         check_text(problem)
-        assert str(case.path) in str(problem), f"{problem} does not name the file"
+        must(str(case.path) in str(problem), f"not named: FILE by {problem}")
     rows = [problem for problem in problems if re.fullmatch(re.escape(str(case.path)) + r":[1-9]\d*", problem.where)]
-    assert rows in ([], problems), "some problems name a row, and some do not"
+    must(rows in ([], problems), "some problems name a row, and some do not")
     return f"{type(error).__name__}, {'FILE:LINE' if rows else told(problems[0], case)}"
 
 
@@ -290,9 +315,9 @@ def check_text(problem: Problem) -> None:
     """A problem can be printed without harm to a terminal."""
     text = str(problem)
     text.encode()
-    assert len(text) < LONGEST_PROBLEM, f"{len(text)} characters: {text[:200]}"
+    must(len(text) < LONGEST_PROBLEM, f"{len(text)} characters: {text[:200]}")
     unseen = sorted({c for c in text if ord(c) < 32 and c not in "\n\t"} | {c for c in text if 0x7F <= ord(c) < 0xA0})
-    assert not unseen, f"control characters {unseen} in {text[:200]!r}"
+    must(not unseen, f"control characters {unseen} in {text[:200]!r}")
 
 
 def told(problem: Problem, case: Case) -> str:
@@ -302,35 +327,38 @@ def told(problem: Problem, case: Case) -> str:
 
 
 def check_counts(case: Case, data: TokenData) -> Counter[str]:
-    """Rows by what became of them; asserts that they add up and that each that was lost has its place."""
+    """Rows by what became of them; checks that they add up and that each that was lost has its place."""
     (source,) = data.receipt.sources
-    assert source.read == source.kept + source.held_out + source.left_out + sum(source.dropped.values()), source
-    assert case.rows in (None, source.read), f"{case.rows} rows were written, {source.read} read"
+    must(source.read == source.kept + source.held_out + source.left_out + sum(source.dropped.values()), str(source))
+    must(case.rows in (None, source.read), f"{case.rows} rows were written, {source.read} read")
     lost = list(data.lost_rows())
     bad = [row for row in lost if BAD in row["counts"]]
-    assert len(bad) == source.bad == source.dropped.get(BAD, 0), f"{len(bad)} bad rows are listed of {source.bad}"
-    assert all(row.get("what") for row in bad), "a bad row without a reason"
-    assert not bad or case.keys["on_bad_row"] == "skip", "a bad row was left out unasked"
+    must(len(bad) == source.bad == source.dropped.get(BAD, 0), f"{len(bad)} bad rows are listed of {source.bad}")
+    must(all(row.get("what") for row in bad), "a bad row without a reason")
+    must(not bad or case.keys["on_bad_row"] == "skip", "a bad row was left out unasked")
     encoded = [*data.train, *data.held_out]
     seen = {row.where for row in encoded} | {row["where"] for row in lost}
-    assert len(seen) == source.read, f"{source.read} rows, {len(seen)} places"
-    assert all(re.fullmatch(re.escape(str(case.path)) + r":[1-9]\d*", where) for where in seen), seen
+    must(len(seen) == source.read, f"{source.read} rows, {len(seen)} places")
+    must(all(re.fullmatch(re.escape(str(case.path)) + r":[1-9]\d*", where) for where in seen), str(seen))
     for row in encoded:
-        assert 1 <= row.targets < len(row) <= case.keys["max_length"], f"{row.where}: {row.targets} of {len(row)}"
-        assert row.ids.min() >= 0
-        assert row.ids.max() < len(tokenizer_for(case.keys["template"]))
+        must(1 <= row.targets < len(row) <= case.keys["max_length"], f"{row.where}: {row.targets} of {len(row)}")
+        known = range(len(tokenizer_for(case.keys["template"])))
+        must(row.ids.min() in known and row.ids.max() in known, f"{row.where}: ids beyond the vocabulary")
     return Counter({"encoded": source.kept + source.held_out, **source.dropped})
 
 
-def run(seed: int, numbers: range, longest: int = 1) -> Tally:
+def run(seed: int, numbers: range, longest: int = LONGEST) -> Tally:
     """Cases of these numbers; each traceback is printed with its case."""
     tally = Tally()
     with tempfile.TemporaryDirectory(prefix="qlora-fuzz-") as place:
         for number in numbers:
-            faulthandler.dump_traceback_later(HANGS, exit=True)
+            faulthandler.dump_traceback_later(HANGS, exit=True, file=2)
             case = make_case(seed, number, Path(place), longest)
             try:
                 tally.add(case)
+            except BrokenError as error:
+                tally.broken += 1
+                print(f"{case}\nbroken: {error}\n", file=sys.stderr, flush=True)
             except Exception:
                 tally.tracebacks += 1
                 print(f"{case}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
@@ -344,11 +372,13 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=10_000, help="cases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, metavar="NUMBER", help="this case alone")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="characters of a long text")
     args = parser.parse_args()
     started = time.perf_counter()
-    tally = run(args.seed, range(args.count) if args.only is None else range(args.only, args.only + 1))
+    numbers = range(args.count) if args.only is None else range(args.only, args.only + 1)
+    tally = run(args.seed, numbers, args.longest)
     print(json.dumps({**tally.as_json(), "seconds": round(time.perf_counter() - started, 1)}))
-    return 1 if tally.tracebacks else 0
+    return 1 if tally.tracebacks or tally.broken else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Whether a model trained on the demo's task stops by itself, with each template that ships.
 
-    python scripts/stops.py [--templates chatml zephyr] [--steps 300] [--prompts 200] [--json] [--work DIR]
+    python scripts/stops.py [--templates chatml zephyr] [--steps 150] [--prompts 200] [--json] [--work DIR]
 
 For each template: the demo's recipe with `data.template` set to it is trained by `qlora train`, and `qlora chat
 --prompts` answers prompts that it has never seen. Counted is how many answers a stop token ended, and how many are
@@ -37,12 +37,14 @@ MAX_TOKENS = 512
 
 @dataclass(frozen=True)
 class Found:
-    """What came of one template. `added` tokens were new to the vocabulary; `longest` is in tokens."""
+    """What came of one template: answers that a stop token ended, that say what was wanted, and that say it without a
+    space more (as `guanaco` and `vicuna` begin an answer). `added` tokens were new; `longest` is in tokens."""
 
     template: str
     prompts: int
     stopped: int
     right: int
+    exact: int
     added: int
     longest: int
     loss: float
@@ -108,12 +110,14 @@ def measure(work: Path, template: str, steps: int, wanted: Sequence[str]) -> Fou
     asked = ("--prompts", str(work / "prompts.jsonl"), "--max-new-tokens", limit, "--temperature", "0")
     events = [json.loads(line) for line in qlora("chat", "--adapter", str(run), *asked, "--json").splitlines()]
     answers = [event for event in events if event["event"] == "answer"]
+    given = [answer["answer"] for answer in answers]
     assert len(answers) == len(wanted), f"{len(answers)} answers to {len(wanted)} prompts"
     return Found(
         template=template,
         prompts=len(answers),
         stopped=sum(answer["ended"] == "stop token" for answer in answers),
-        right=sum(answer["answer"] == text for answer, text in zip(answers, wanted, strict=True)),
+        right=sum(text.strip() == other for text, other in zip(given, wanted, strict=True)),
+        exact=sum(text == other for text, other in zip(given, wanted, strict=True)),
         added=new_tokens(work / "base", run),
         longest=max(answer["tokens"] for answer in answers),
         loss=last_loss(run),
@@ -124,7 +128,7 @@ def measure(work: Path, template: str, steps: int, wanted: Sequence[str]) -> Fou
 def line(found: Found) -> str:
     """A row of the table."""
     return (
-        f"{found.template:<10}{found.stopped:>5} of {found.prompts:<5}{found.right:>6}{found.added:>12}"
+        f"{found.template:<10}{found.stopped:>5} of {found.prompts:<5}{found.right:>6}{found.exact:>7}{found.added:>12}"
         f"{found.longest:>9}{found.loss:>9.4f}{found.seconds:>7.0f} s"
     )
 
@@ -133,7 +137,7 @@ def run_all(work: Path, args: argparse.Namespace) -> list[Found]:
     """Every template in turn, each told as soon as it is known."""
     wanted = prepare(work, args.prompts)
     if not args.json:
-        print("template      stopped   right  new tokens  longest     loss     time")
+        print("template      stopped   right  exact  new tokens  longest     loss     time")
     results = []
     for template in args.templates:
         results.append(measure(work, template, args.steps, wanted))
@@ -144,7 +148,7 @@ def run_all(work: Path, args: argparse.Namespace) -> list[Found]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Count how many answers end by themselves, with each template.")
     parser.add_argument("--templates", nargs="+", default=list(TEMPLATES), choices=list(TEMPLATES), metavar="NAME")
-    parser.add_argument("--steps", type=int, default=300, help="training steps")
+    parser.add_argument("--steps", type=int, default=150, help="training steps; the demo takes twice as many")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts")
     parser.add_argument("--json", action="store_true", help="print one JSON line per template")
     parser.add_argument("--work", type=Path, help="an empty folder for base, rows and runs, which stay in it")

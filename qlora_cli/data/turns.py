@@ -55,6 +55,9 @@ class TurnEncoder(Protocol):
     bos_id: int | None
     """The token that a row may begin with."""
 
+    lead: str
+    """What the template writes between a prompt and what the answer says: a space, in some."""
+
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Token ids of everything that precedes the next assistant turn."""
 
@@ -78,6 +81,7 @@ class PlainTurns:
             )
         self._tokenizer = tokenizer
         self._eos: int = tokenizer.eos_token_id
+        self.lead = ""
         self.bos_id: int | None = tokenizer.bos_token_id
         self._start = [self.bos_id] if self.bos_id in tokenizer("").input_ids[:1] else []
         self.stop_ids = frozenset({self._eos})
@@ -139,6 +143,8 @@ class ChatTurns:
         }
         eos = tokenizer.eos_token_id
         head, whole = self._probe()
+        before = self._before(Message("assistant", ""), (Message("user", "a"),), ())
+        self.lead = before.removeprefix(head) if before.startswith(head) else ""
         self._end = self._end_of_turn(self._apart(head, whole)[1])
         self.bos_id: int | None = tokenizer.bos_token_id
         self.stop_ids = frozenset({self._end} | ({eos} if eos is not None else set()))
@@ -243,9 +249,13 @@ class ChatTurns:
 
     def _opening(self, message: Message, tools: Tools) -> str:
         """What the template puts before an answer that nothing precedes: all that does not depend on what it says."""
-        marks = ("\ue000", "\ue001")
-        texts = [self._render([replace(message, content=mark, extra={})], False, tools) for mark in marks]
-        return os.path.commonprefix(texts).rstrip(" ")  # noqa: RUF071 - of characters
+        return self._before(message, (), tools).rstrip(" ")
+
+    def _before(self, answer: Message, asked: Sequence[Message], tools: Tools) -> str:
+        """What of an answer's text and what precedes it does not depend on what the answer says."""
+        says = [replace(answer, content=mark, extra={}) for mark in ("\ue000", "\ue001")]
+        texts = [self._render([*asked, each], False, tools) for each in says]
+        return os.path.commonprefix(texts)  # noqa: RUF071 - of characters
 
     def _ids(self, text: str) -> list[int]:
         return ids_of(self.tokenizer, text)

@@ -186,7 +186,7 @@ class Talk:
             for messages, ids, completion in zip(asked, encoded, completions, strict=True):
                 finish = Finish(completion.stopped, len(completion.ids), len(ids))
                 ended = how_ended(completion.stopped, len(completion.ids), decoding)
-                yield Answer(messages, self.voices.voice.text(completion.ids), ended, finish)
+                yield Answer(messages, self.voices.voice.answer(completion.ids), ended, finish)
 
     def answer_all(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy answers to many prompts, each a conversation of its own."""

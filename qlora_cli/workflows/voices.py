@@ -51,6 +51,10 @@ class Voice:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
+    def answer(self, ids: Sequence[int]) -> str:
+        """What an answer's tokens say, less what the template puts before every answer."""
+        return self.text(ids).removeprefix(self.turns.lead)
+
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of everything before the next answer. `DataError` for what the template refuses."""
         try:
@@ -171,17 +175,21 @@ class Voices:
 
     def stream(self, messages: Sequence[Message], decoding: Decoding) -> Iterator[str]:
         """Pieces of the answer, each once it can no longer change (a character may take several tokens)."""
-        prompt = self.voice.prompt(messages)
+        prompt, lead = self.voice.prompt(messages), self.voice.turns.lead
+        for piece in self._pieces(prompt, decoding):
+            said, lead = (piece.removeprefix(lead), "") if piece else (piece, lead)
+            if said:
+                yield said
+
+    def _pieces(self, prompt: Sequence[int], decoding: Decoding) -> Iterator[str]:
         limit = min(decoding.max_new_tokens, self.room(len(prompt)))
         text = TextStream(self.voice.text)
         self._hurry()
         if self._decoder is None:
             self._decoder = Decoder(self._model, self.voice.turns.stop_ids)
         for token in self._decoder.stream(prompt, replace(decoding, max_new_tokens=limit)):
-            if piece := text.add(token):
-                yield piece
-        if piece := text.rest():
-            yield piece
+            yield text.add(token)
+        yield text.rest()
 
     def _hurry(self) -> None:
         """Makes the packed copies, once: they are kept through changes of adapter and stop tokens."""

@@ -277,3 +277,10 @@ def test_an_answer_that_nothing_precedes_begins_behind_what_does_not_depend_on_i
     before, answer = turns.turn((Message("assistant", said),))
     assert tokenizer.decode(before) == "<s><|assistant|>\n"
     assert tokenizer.decode(answer) == f"{said}</s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "lead"), [("guanaco", " "), ("vicuna", " "), ("alpaca", ""), ("chatml", ""), ("none", "")]
+)
+def test_what_a_template_puts_before_every_answer_is_known(template: str, lead: str) -> None:
+    assert turn_encoder(make_tokenizer(), template, "messages").lead == lead
