@@ -19,10 +19,18 @@ class Problem:
     fix: str = ""
     where: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("what", "why", "fix", "where"):  # text of files and libraries may hold what moves a cursor
+            object.__setattr__(self, name, "".join(map(_shown, getattr(self, name))))
+
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
         tail = [f"  {label}: {text}" for label, text in (("why", self.why), ("fix", self.fix)) if text]
         return "\n".join([head, *tail])
+
+
+def _shown(char: str) -> str:
+    return char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode("ascii")
 
 
 class QloraError(Exception):

@@ -6,6 +6,7 @@ with the reason why not; rows of equal content never fall on both sides of the s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -20,7 +21,7 @@ from qlora_cli.data.counting import digest, lost_rows, source_receipt, split_rec
 from qlora_cli.data.formats import RowError, detect
 from qlora_cli.data.kept import day_of, kept, key, tokenizer_hash
 from qlora_cli.data.mixing import Share, epoch, hold_out, mark_duplicates, mark_overlap, sequences, shares
-from qlora_cli.data.reading import Encoder, Pipeline, window
+from qlora_cli.data.reading import Encoder, Pipeline, characters_of, window
 from qlora_cli.data.receipt import DataReceipt, SourceReceipt, check_limits
 from qlora_cli.data.rows import Position
 from qlora_cli.data.sources import Source, SourceRow, is_local, open_source
@@ -31,8 +32,10 @@ from qlora_cli.data.verify import verify
 from qlora_cli.errors import DataError, Problem
 from qlora_cli.recipe.data_schema import DataSection, SourceSection
 
-PEEK = 20
-"""Rows by which a format is detected and a template is verified."""
+PEEK, VERIFIED = 20, 8
+"""First rows by which a format is detected, and a template is verified."""
+VERIFIED_CHARACTERS = 100_000
+"""Of a row: what holds of huge ones holds of others."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def load_data(data: DataSection, setting: Setting) -> TokenData:
     train = Rows([part.store for part in parts], epoch(parts, data, setting.seed))
     held_rows = _whole(held.store) if held else _held(parts)
     receipts = [each.receipt(part) for each, part in zip(read, parts, strict=True)]
-    _check(data, train, held_rows, sum(each.read for each in receipts))
+    _check(data, train, held_rows, receipts, parts)
     check_limits(receipts, data.limits, "`qlora data RECIPE --lost` lists them")
     if held:
         parts.append(_held_part(held))
@@ -190,14 +193,15 @@ def _turns(opened: Opened, setting: Setting, chosen: Chosen) -> TurnEncoder:
 
 def _read(opened: Opened, data: DataSection, setting: Setting, chosen: Chosen) -> _Read:
     source, section = opened.source, opened.section
-    encoder = Encoder(data, opened.format, dict(section.columns or {}), _turns(opened, setting, chosen))
+    turns, vocabulary = _turns(opened, setting, chosen), setting.tokenizer.get_vocab
+    encoder = Encoder(data, opened.format, dict(section.columns or {}), turns, vocabulary)
     content = source.fingerprint() if setting.cache else ""
 
     def write(folder: Path) -> None:
         position = Position()
         rows = source.rows(position)
         rows = rows if section.shuffle else window(rows, section.skip, section.take)
-        first = list(islice(rows, PEEK))
+        first = list(islice(rows, VERIFIED))
         notes = verify(encoder.turns, list(_said(encoder, first)))
         with StoreWriter(folder) as writer:
             pipeline = Pipeline(encoder, writer, lambda done: setting.watch(opened, done, position.bytes))
@@ -205,10 +209,11 @@ def _read(opened: Opened, data: DataSection, setting: Setting, chosen: Chosen) -
         if setting.cache and source.fingerprint() != content:
             raise DataError(f"{opened.name} changed while it was read", fix="run again when it is whole")
 
+    if setting.cache is None:
+        return _Read(opened, kept(None, "", write))
     settings = {"format": opened.format, "template": chosen.name, "tokenizer": tokenizer_hash(setting.tokenizer)}
     settings["day"] = day_of(setting.tokenizer)
-    wanted = key(content, source.files, section, data, settings) if setting.cache else ""
-    return _Read(opened, kept(setting.cache, wanted, write))
+    return _Read(opened, kept(setting.cache, key(content, source.files, section, data, settings), write))
 
 
 def _parts(read: Sequence[_Read], setting: Setting) -> list[Share]:
@@ -218,7 +223,7 @@ def _parts(read: Sequence[_Read], setting: Setting) -> list[Share]:
 def _said(encoder: Encoder, rows: Sequence[SourceRow | Problem]) -> Iterator[Conversation]:
     """What the rows say; those that say nothing are reported with their place when they are read."""
     found = (_conversation(encoder, row) for row in rows if isinstance(row, SourceRow))
-    return (each for each in found if each is not None)
+    return (each for each in found if each is not None and characters_of(each) < VERIFIED_CHARACTERS)
 
 
 def _conversation(encoder: Encoder, row: SourceRow) -> Conversation | None:
@@ -259,11 +264,18 @@ def _held_part(read: _Read) -> Share:
     return part
 
 
-def _check(data: DataSection, train: Rows, held: Rows, read: int) -> None:
+def _check(
+    data: DataSection, train: Rows, held: Rows, receipts: Sequence[SourceReceipt], parts: Sequence[Share]
+) -> None:
     if not len(train):
+        reasons = Counter({"held out": sum(each.held_out for each in receipts)})
+        for each in receipts:
+            reasons.update(each.dropped)
+        first = next((row for part in parts for row in lost_rows(part)), None)
+        example = f"; the first is {first['where']} {first.get('what', '')}".rstrip() if first else ""
         raise DataError(
-            f"{data.title}: 0 supervised tokens are left of {read:,} rows",
-            why="every row was dropped, held out, or has no token that carries loss",
+            f"{data.title}: 0 supervised tokens are left of {sum(each.read for each in receipts):,} rows",
+            why=", ".join(f"{count:,} {why}" for why, count in reasons.items() if count) + example,
             fix=f"look at data.max_length ({data.max_length:,}), data.eval_split, data.loss_on and the rows themselves",
         )
     if data.eval or data.eval_split:

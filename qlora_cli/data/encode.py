@@ -35,7 +35,7 @@ class Encoded:
     @property
     def targets(self) -> int:
         """Tokens that carry loss. The first token is never predicted, so it never counts."""
-        return int(self.loss[1:].sum())
+        return int(np.count_nonzero(self.loss[1:]))
 
 
 def encode(conversation: Conversation, turns: TurnEncoder, loss_on: LossOn, where: str = "") -> list[Encoded]:

@@ -28,9 +28,12 @@ from qlora_cli.data.turns import TurnEncoder
 from qlora_cli.errors import Problem
 from qlora_cli.recipe.data_schema import DataSection
 
-BATCH = 256
-AHEAD = 2
-"""Batches that wait for the encoder."""
+BATCH, BATCH_CHARACTERS = 128, 2_000_000
+"""Rows, and characters, that are encoded at once."""
+MOST_CHARACTERS = 4_000_000
+"""Of a row: a tokenizer holds hundreds of bytes for each, so that a longer one would take gigabytes."""
+ENCODERS, AHEAD = 3, 6
+"""Threads that encode, each rendering while another one's tokenizer works, and batches that wait for them."""
 MOST_PROBLEMS = 1000
 """With that many, reading ends: it is the file that is wrong, not its rows."""
 BAD = "cannot be read"
@@ -51,6 +54,8 @@ class Encoder:
     format: str
     columns: dict[str, str]
     turns: TurnEncoder
+    vocabulary: Callable[[], Iterable[str]] = tuple
+    """The tokenizer's tokens, asked for where a row is huge."""
 
     def conversation(self, row: SourceRow) -> Conversation:
         """What the row says. Raises `RowError`."""
@@ -73,11 +78,23 @@ class Encoder:
             kept += [row for row in found.rows if row.targets]
             cut |= found.cut
         if not kept:
-            return [], self._too_long if cut else MASKED
+            return [], self.too_long if cut else MASKED
         return kept, CUT if cut else KEPT
 
+    def surely_too_long(self, conversation: Conversation) -> bool:
+        """Whether it is dropped however it is encoded: a token has no more characters than the longest one. Raises
+        `RowError` for more than can be encoded at once."""
+        count = characters_of(conversation)
+        if count <= MOST_CHARACTERS:
+            return False
+        if self.data.too_long == "drop" and count > self.data.max_length * max(map(len, self.vocabulary()), default=1):
+            return True
+        what = f"the row has {count:,} characters, more than can be encoded at once ({MOST_CHARACTERS:,})"
+        raise RowError(what, "split it into several rows")
+
     @property
-    def _too_long(self) -> str:
+    def too_long(self) -> str:
+        """Why a row of which nothing is left within the limits was dropped."""
         limit = f"{self.data.max_length:,} tokens"
         return f"longer than {limit}" if self.data.too_long == "drop" else f"no answer within {limit}"
 
@@ -112,8 +129,8 @@ class Pipeline:
         """Everything; returns counts. Raises `DataError` for rows that cannot be read, unless they are skipped."""
         waiting: deque[tuple[list[_Read], Future[list[Spans | RowError]]]] = deque()
         source = iter(rows)
-        with ThreadPoolExecutor(1) as pool:
-            while batch := [self._read(each) for each in islice(source, BATCH)]:
+        with ThreadPoolExecutor(ENCODERS) as pool:
+            while batch := list(self._batch(source)):
                 said = [each.conversation for each in batch if each.conversation is not None]
                 encoder = self._encoder
                 waiting.append((batch, pool.submit(encode_many, said, encoder.turns, encoder.data.loss_on)))
@@ -126,11 +143,21 @@ class Pipeline:
         raise_all(self._problems)
         return {"trailing_turns": self._trailing, "bad": self._bad, "largest_id": self._largest}
 
+    def _batch(self, source: Iterator[SourceRow | Problem]) -> Iterator[_Read]:
+        characters = 0
+        for item in islice(source, BATCH):
+            yield (found := self._read(item))
+            characters += characters_of(found.conversation) if found.conversation else 0
+            if characters > BATCH_CHARACTERS:
+                return
+
     def _read(self, item: SourceRow | Problem) -> _Read:
         if isinstance(item, Problem):
             return _Read(None, fate=BAD, problem=item)
         try:
             conversation = self._encoder.conversation(item)
+            if self._encoder.surely_too_long(conversation):
+                return _Read(item, key=key_of(conversation), fate=self._encoder.too_long)
         except RowError as error:
             return _Read(item, fate=BAD, problem=self._encoder.problem(item, error))
         key = key_of(conversation)
@@ -180,6 +207,11 @@ def _place_of(problem: Problem | None) -> tuple[str, int]:
     return (file, int(line)) if line.isdigit() else (problem.where if problem else "", 0)
 
 
+def characters_of(conversation: Conversation) -> int:
+    """In all its messages."""
+    return sum(len(message.content) for message in conversation.messages)
+
+
 def key_of(conversation: Conversation) -> bytes:
     """16 bytes of the SHA-256 of all that it says."""
     said: list[Any] = [
@@ -188,7 +220,7 @@ def key_of(conversation: Conversation) -> bytes:
     ]
     if conversation.tools:
         said.append([dict(tool) for tool in conversation.tools])
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).digest()[:16]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, ensure_ascii=False, default=str).encode()).digest()[:16]
 
 
 def window(rows: Iterator[SourceRow | Problem], skip: int, take: int | None) -> Iterator[SourceRow | Problem]:

@@ -24,10 +24,9 @@ from qlora_cli.data.templates import Chosen, apply_template, no_template
 from qlora_cli.errors import DataError
 
 _MEND = "choose another data.template, or mend the template in the base's tokenizer files"
-
-
 SAID = frozenset({"tool_calls", "reasoning_content"})
 """Fields of an answer that are something it says."""
+_IN_TEXT = "take it out of the text"
 _WITH_TOOLS = "set data.template to one that renders it (chatml and llama3 render tools), or remove it from the row"
 
 
@@ -117,7 +116,7 @@ class PlainTurns:
             start = len(ids)
             ids.extend(content)
             if message.role == "assistant":
-                ids.append(self._eos)
+                ids.extend([] if list(content[-1:]) == [self._eos] else [self._eos])
                 answers.append(Answer(position, start, len(ids)))
         return ids, answers
 
@@ -138,6 +137,7 @@ class ChatTurns:
             raise no_template(tokenizer)
         self.tokenizer = tokenizer
         self._render = Renderer(tokenizer)
+        self._proven = False  # that the tokenizer does no more than its backend, which the first texts show
         self._special = set(tokenizer.all_special_ids) | {
             index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -187,16 +187,20 @@ class ChatTurns:
         ends = [position for position, token in enumerate(turn) if token == self._end]
         if not ends:
             raise RowError("the chat template did not end this assistant turn with its end-of-turn token")
+        if len(ends) > 1:  # where the model would learn to stop
+            raise RowError(f"an answer holds the end-of-turn token, {self.tokenizer.decode([self._end])}", _IN_TEXT)
         return before, turn[: ends[-1] + 1]
 
     def rows(self, conversations: Sequence[Conversation]) -> list[Row | None]:
         """See `TurnEncoder.rows`."""
         plans = [self._plan(conversation) for conversation in conversations]
-        ids = encode_texts(self.tokenizer, (text for plan in plans if plan for text in plan.texts))
+        ids = encode_texts(self.tokenizer, (text for plan in plans if plan for text in plan.texts), self._proven)
         rows = [self._row(plan, ids) for plan in plans]
         checked = next(((plan.text, row.ids) for plan, row in zip(plans, rows, strict=True) if plan and row), None)
-        if checked and self._ids(checked[0]) != checked[1].tolist():  # it does more than its backend
-            return [None] * len(conversations)
+        if checked and not self._proven:
+            if self._ids(checked[0]) != checked[1].tolist():  # it does more than its backend
+                return [None] * len(conversations)
+            self._proven = bool(self.tokenizer.is_fast)
         return rows
 
     def _plan(self, conversation: Conversation) -> Layout | None:

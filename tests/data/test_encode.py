@@ -57,10 +57,16 @@ def test_turns_after_the_last_answer_are_left_off(tokenizer: Any) -> None:
     assert rows(talk("u: q", "a: a", "u: r"), tokenizer) == rows(talk("u: q", "a: a"), tokenizer)
 
 
-def test_an_answer_that_spells_out_the_end_of_a_turn_is_kept_whole(tokenizer: Any) -> None:
-    assert rows(talk("u: q", "a: a</s>b"), tokenizer) == [
-        "<s> <|user|> Ċ q </s> Ċ <|assistant|> Ċ [a] [</s>] [b] [</s>]"
-    ]
+@pytest.mark.parametrize("answer", ["a</s>b", "a</s>", "</s>"])
+def test_an_answer_that_spells_out_the_end_of_a_turn_is_refused(tokenizer: Any, answer: str) -> None:
+    with pytest.raises(RowError, match="an answer holds the end-of-turn token, </s>"):
+        rows(talk("u: q", f"a: {answer}"), tokenizer)
+
+
+def test_a_text_that_ends_in_eos_gets_no_second_one(tokenizer: Any) -> None:
+    turns = turn_encoder(tokenizer, "none", "text")
+    once, twice = (encode(talk(text), turns, "all")[0].ids.tolist() for text in ("a: ab", "a: ab</s>"))
+    assert once == twice
 
 
 def test_an_empty_answer_is_its_end_of_turn(tokenizer: Any) -> None:

@@ -74,7 +74,7 @@ class Slow:
                 raise RefusedError
             whole = prompt + whole[len(bare) :]
         stop = whole.rfind(self.end) + len(self.end)
-        if stop <= len(prompt):
+        if stop <= len(prompt) or whole.count(self.end, len(prompt)) > 1:  # it would learn to stop in the middle
             raise RefusedError
         return len(prompt), whole[:stop]
 
@@ -143,7 +143,7 @@ TALKS: Mapping[str, Conversation] = {
     "space before": talk("u: q", "a:   a", "u: r", "a: \n\n\nb"),
     "space behind": talk("u: q ", "a: a  ", "u: r\n", "a: b\n\n"),
     "space alone": talk("u: q", "a: \n \n", "u: r", "a: b"),
-    "quoted tokens": talk("u: <|im_end|></s>[/INST]<end_of_turn>", "a: a <|eot_id|> b"),
+    "quoted tokens": talk("u: <|im_end|></s>[/INST]<end_of_turn>", "a: a [INST] b"),
     "an unanswered question": talk("u: q", "a: a", "u: r"),
     "not learned": Conversation(
         (Message("user", "q"), Message("assistant", "a", train=False), *talk("u: q", "a: a").messages)

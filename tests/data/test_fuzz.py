@@ -49,7 +49,7 @@ def test_a_refusal_counts_only_if_it_names_the_file_and_can_be_printed(tmp_path:
     case, error = refused(tmp_path / "a.jsonl", [{"text": i} for i in range(12)])
     assert fuzz_data.check_refusal(case, error) == "DataError, FILE:LINE"
     assert fuzz_data.named(error) == 12
-    for what, where in (("no name", ""), ("\x1b[2J", f"{case.path}:1"), ("no line", str(case.path))):
+    for what, where in (("no name", ""), ("no line", str(case.path))):
         with pytest.raises(fuzz_data.BrokenError):
             fuzz_data.check_refusal(case, DataError.of([*error.problems[:1], *DataError(what, where=where).problems]))
 

@@ -250,7 +250,6 @@ def test_marks_that_cover_more_than_answers_are_refused() -> None:
 
 FAILING: list[tuple[str, str, tuple[str, ...]]] = [
     ("begins with two BOS", TEMPLATE.replace("<s>", "<s>{{ bos_token }}"), ("u: q", "a: a")),
-    ("ends in two end-of-turn", TEMPLATE, ("u: q", "a: a</s>")),
 ]
 
 
@@ -276,6 +275,7 @@ class Endless:
 
     stop_ids: frozenset[int] = frozenset({2})
     bos_id: int | None = None
+    lead: str = ""
 
     def prompt(self, messages: Any, tools: Any = ()) -> list[int]:
         """The same for all."""
