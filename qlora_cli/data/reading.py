@@ -154,17 +154,18 @@ class Pipeline:
     def _read(self, item: SourceRow | Problem) -> _Read:
         if isinstance(item, Problem):
             return _Read(None, fate=BAD, problem=item)
+        place = SourceRow({}, item.file, item.number)  # a dropped row may be huge
         try:
             conversation = self._encoder.conversation(item)
             if self._encoder.surely_too_long(conversation):
-                return _Read(item, key=key_of(conversation), fate=self._encoder.too_long)
+                return _Read(place, key=key_of(conversation), fate=self._encoder.too_long)
         except RowError as error:
-            return _Read(item, fate=BAD, problem=self._encoder.problem(item, error))
+            return _Read(place, fate=BAD, problem=self._encoder.problem(item, error))
         key = key_of(conversation)
         if conversation.messages[-1].role != "assistant":
             self._trailing += 1
         if any(_is_empty(conversation, turn) for turn in conversation.assistant_turns()):
-            return _Read(item, key=key, fate=EMPTY)
+            return _Read(place, key=key, fate=EMPTY)
         return _Read(item, conversation, key)
 
     def _write(self, batch: list[_Read], encoded: Future[list[Spans | RowError]]) -> None:
