@@ -221,7 +221,7 @@ def key_of(conversation: Conversation) -> bytes:
     ]
     if conversation.tools:
         said.append([dict(tool) for tool in conversation.tools])
-    return hashlib.sha256(json.dumps(said, sort_keys=True, ensure_ascii=False, default=str).encode()).digest()[:16]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).digest()[:16]
 
 
 def window(rows: Iterator[SourceRow | Problem], skip: int, take: int | None) -> Iterator[SourceRow | Problem]:
