@@ -32,7 +32,7 @@ from qlora_cli.data.verify import verify
 from qlora_cli.errors import DataError, Problem
 from qlora_cli.recipe.data_schema import DataSection, SourceSection
 
-PEEK, VERIFIED = 20, 8
+PEEK, VERIFIED = 20, 5
 """First rows by which a format is detected, and a template is verified."""
 VERIFIED_CHARACTERS = 100_000
 """Of a row: what holds of huge ones holds of others."""
