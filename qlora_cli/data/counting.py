@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_cli.data.mixing import Mask, Share, sequences
+from qlora_cli.data.mixing import Mask, Share, keys_of, sequences
 from qlora_cli.data.reading import BAD
 from qlora_cli.data.receipt import SourceReceipt, SplitReceipt
 from qlora_cli.data.store import CUT, KEPT, Rows, Store
@@ -23,7 +23,7 @@ DUPLICATE = "duplicate"
 
 def digest(store: Store) -> str:
     """A hash of what its rows say, whatever their order."""
-    return hashlib.sha256(np.sort(store.rows["key"].view("S16").reshape(-1)).tobytes()).hexdigest()
+    return hashlib.sha256(np.sort(keys_of(store)).tobytes()).hexdigest()
 
 
 def split_receipt(rows: Rows) -> SplitReceipt:
@@ -39,7 +39,8 @@ def fates(store: Store) -> dict[str, int]:
 
 def source_receipt(name: str, files: tuple[str, ...], row_format: str, part: Share) -> SourceReceipt:
     """What became of a source's rows."""
-    dropped = {name: count for name, count in fates(part.store).items() if name not in (KEPT, CUT)}
+    met = fates(part.store)
+    dropped = {name: count for name, count in met.items() if name not in (KEPT, CUT)}
     gone = {OVERLAP: int(part.overlap.sum()), DUPLICATE: int((part.duplicate & ~part.train).sum())}
     dropped |= {name: count for name, count in gone.items() if count}
     places = sequences(part, part.train)
@@ -54,10 +55,10 @@ def source_receipt(name: str, files: tuple[str, ...], row_format: str, part: Sha
         kept=int(part.train.sum()),
         held_out=int(part.held.sum()),
         left_out=int((part.left_out & part.usable).sum()),
-        cut=fates(part.store).get(CUT, 0),
+        cut=met.get(CUT, 0),
         duplicate=int(part.duplicate.sum()),
         overlap=int(part.overlap.sum()),
-        bad=fates(part.store).get(BAD, 0),
+        bad=met.get(BAD, 0),
         trailing_turns=part.store.facts["trailing_turns"],
         dropped=dropped,
         trained=SplitReceipt.of(int(part.train.sum()), lengths, targets),
@@ -68,7 +69,7 @@ def lost_rows(share: Share) -> Iterator[dict[str, Any]]:
     """Each row that was dropped, cut, a duplicate or held out too, with its place."""
     store, notes = share.store, share.store.notes()
     kept_fate = store.fates.index(KEPT)
-    counted: Mapping[str, Mask] = {"duplicate": share.duplicate, OVERLAP: share.overlap}
+    counted: Mapping[str, Mask] = {DUPLICATE: share.duplicate, OVERLAP: share.overlap}
     interesting = (store.rows["fate"] != kept_fate) | share.duplicate | share.overlap
     for row in np.flatnonzero(interesting):
         fate = store.fates[int(store.rows["fate"][row])]

@@ -65,15 +65,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class TokenData:
-    """Encoded rows of both splits, their receipt, the tokens that end a turn, and what template was chosen. `lost` is
-    every row that the receipt counts as something else than kept."""
+    """Encoded rows of both splits, their receipt, the tokens that end a turn, and what template was chosen. `parts` are
+    the rows that were read, a source each, in the order of the receipt."""
 
     train: Rows
     held_out: Rows
     receipt: DataReceipt
     stop_ids: frozenset[int]
     chosen: Chosen
-    lost: tuple[Share, ...] = ()
+    parts: tuple[Share, ...]
 
     @property
     def largest_id(self) -> int:
@@ -82,8 +82,7 @@ class TokenData:
 
     def lost_rows(self) -> Iterator[dict[str, Any]]:
         """Each row that was dropped, cut, a duplicate or held out too, with its place."""
-        for share in self.lost:
-            yield from lost_rows(share)
+        return chain.from_iterable(map(lost_rows, self.parts))
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,12 @@ def shares(stores: Sequence[Store], sources: Sequence[SourceSection], seed: int)
         left_out = _left_out(len(usable), source, seed)
         none = np.zeros(len(usable), np.bool_)
         parts = (none.copy() for _ in range(3))
-        found.append(Share(store, source, _keys(store), usable, left_out, usable & ~left_out, *parts))
+        found.append(Share(store, source, keys_of(store), usable, left_out, usable & ~left_out, *parts))
     return found
 
 
-def _keys(store: Store) -> Keys:
+def keys_of(store: Store) -> Keys:
+    """The hash of what each row says, 16 bytes that compare as such."""
     return np.ascontiguousarray(store.rows["key"]).view("S16").reshape(-1)
 
 
@@ -68,7 +69,7 @@ def _left_out(count: int, source: SourceSection, seed: int) -> Mask:
 
 def mark_overlap(parts: Sequence[Share], held_out: Store) -> None:
     """Takes the rows that `held_out` holds too out of the training rows."""
-    known = _keys(held_out)
+    known = keys_of(held_out)
     for part in parts:
         part.overlap = part.train & np.isin(part.keys, known) & (part.keys != NO_KEY)
         part.train &= ~part.overlap

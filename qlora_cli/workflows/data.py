@@ -22,7 +22,7 @@ from qlora_cli.data.counting import DUPLICATE, OVERLAP, lost_rows
 from qlora_cli.data.dataset import TokenData, load_data
 from qlora_cli.data.encode import encode
 from qlora_cli.data.formats import RowError
-from qlora_cli.data.mixing import Share, sequences, shares
+from qlora_cli.data.mixing import Share, sequences
 from qlora_cli.data.reading import Encoder
 from qlora_cli.data.receipt import DataReceipt, check_limits
 from qlora_cli.data.sources import SourceRow, open_source
@@ -31,7 +31,7 @@ from qlora_cli.data.turns import turn_encoder
 from qlora_cli.errors import DataError, Problem
 from qlora_cli.model.base import load_tokenizer
 from qlora_cli.model.folder import find_base
-from qlora_cli.recipe.data_schema import DataSection, LimitsSection, SourceSection
+from qlora_cli.recipe.data_schema import DataSection, LimitsSection
 from qlora_cli.recipe.load import LoadedRecipe
 from qlora_cli.workflows.events import Emit, Notice, Stage
 from qlora_cli.workflows.plan import order_of, steps_and_rows
@@ -165,11 +165,9 @@ class _Viewer:
 
     def __init__(self, section: DataSection, data: TokenData, tokenizer: Any) -> None:
         self._section, self._chosen, self._tokenizer = section, data.chosen, tokenizer
-        own = len(data.lost) < len(data.receipt.sources)
-        parts = [*data.lost, *([_held_share(data, section)] if own else [])]
         self._tables = [
             _Table(part, receipt.format, part.store.notes())
-            for part, receipt in zip(parts, data.receipt.sources, strict=True)
+            for part, receipt in zip(data.parts, data.receipt.sources, strict=True)
         ]
 
     def spread(self, count: int, held_out: bool) -> Iterator[SeenRow]:
@@ -235,14 +233,6 @@ class _Viewer:
         what = "no row that was read begins there" if meant else "the data has no such file"
         fix = f"name one of {', '.join(shown)}{f' or of {more:,} more files' if more else ''}"
         return Problem(what, fix=fix, where=f"{file}:{line}")
-
-
-def _held_share(data: TokenData, section: DataSection) -> Share:
-    """The rows of `data.eval`."""
-    source = SourceSection(path=section.eval or "", columns=section.columns)
-    share = shares([data.held_out.stores[0]], [source], 0)[0]
-    share.held, share.train = share.usable, np.zeros_like(share.usable)
-    return share
 
 
 def _read_again(share: Share, where: str) -> SourceRow | None:

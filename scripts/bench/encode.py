@@ -114,7 +114,7 @@ def speed(args: argparse.Namespace, place: Path) -> dict[str, Any]:
     tokenizer = make_tokenizer(iter(texts))
     from qlora_cli.data.dataset import Setting, load_data
 
-    load_data(section.model_copy(update={"limits": section.limits}), Setting(tokenizer))  # sets the template; warms up
+    load_data(section, Setting(tokenizer))  # sets the template; warms up
     texts = rendered(section, tokenizer)
     rates: dict[str, list[float]] = {"ours": [], "tokenizer": []}
     for turn in range(args.repeat):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +124,14 @@ def test_a_desk_leaves_to_bitsandbytes_what_its_c_function_gets_wrong(base: Path
         weight = desk.weight(layer)
         desk.weight(layers[0])
         assert torch.equal(weight, dequantize(layer)), "it must not be on the desk"
+
+
+def test_bitsandbytes_is_imported_without_a_compiler_which_stays_there_for_others() -> None:
+    """In a process of its own: whoever imports bitsandbytes first decides."""
+    code = (
+        "import torch; before = torch.compile; import qlora_cli.model.nf4\n"
+        "from bitsandbytes.backends.default import ops\n"
+        "assert torch.compile is before\n"
+        "assert not hasattr(ops._optimizer_update_32bit, '__wrapped__')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
