@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -201,10 +202,10 @@ def _read(opened: Opened, data: DataSection, setting: Setting, chosen: Chosen) -
         rows = source.rows(position)
         rows = rows if section.shuffle else window(rows, section.skip, section.take)
         first = list(islice(rows, VERIFIED))
-        notes = verify(encoder.turns, list(_said(encoder, first)))
+        check = partial(verify, encoder.turns, list(_said(encoder, first)))
         with StoreWriter(folder) as writer:
             pipeline = Pipeline(encoder, writer, lambda done: setting.watch(opened, done, position.bytes))
-            writer.finish({**pipeline.run(chain(first, rows)), "notes": notes})
+            writer.finish(pipeline.run(chain(first, rows), check))
         if setting.cache and source.fingerprint() != content:
             raise DataError(f"{opened.name} changed while it was read", fix="run again when it is whole")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -32,7 +33,7 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def targets(self) -> int:
         """Tokens that carry loss. The first token is never predicted, so it never counts."""
         return int(np.count_nonzero(self.loss[1:]))

@@ -130,14 +130,16 @@ class Layout:
         """Ids of the text, and its answers. None where a token straddles the border to one."""
         listed = encoded[self.text]
         ids = np.array(listed, np.int32)
-        marked = np.flatnonzero(self.marks.known[ids])
+        marked = np.flatnonzero(self.marks.known[ids]).tolist()
         if len(marked) != self._places[-1].through:  # the text of one is part of another token here
             return None
         spans, end = list[Span](), self.marks.ids[self.marks.end]
+        ends = [place for place in marked if listed[place] == end]
         for place in self._places:
-            tail, at = encoded[place.tail], int(marked[place.before - 1]) if place.before else 0
-            start, stop = at + len(tail), int(marked[place.through - 1]) + 1
-            if listed[at:start] != tail or end in encoded[place.rest][1:] or end in listed[start : stop - 1]:
+            tail, at = encoded[place.tail], marked[place.before - 1] if place.before else 0
+            start, stop = at + len(tail), marked[place.through - 1] + 1
+            inside = any(start <= each < stop - 1 for each in ends)
+            if inside or listed[at:start] != tail or end in encoded[place.rest][1:]:
                 return None
             spans.append((place.message, start, stop))
         return ids, spans

@@ -8,11 +8,13 @@ Rows are read and understood in one thread while the batch before them is encode
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -34,11 +36,14 @@ MOST_CHARACTERS = 4_000_000
 """Of a row: a tokenizer holds hundreds of bytes for each, so that a longer one would take gigabytes."""
 ENCODERS, AHEAD = 3, 6
 """Threads that encode, each rendering while another one's tokenizer works, and batches that wait for them."""
+COLLECT_AFTER = 20_000
+"""Objects that may be made before garbage is collected while rows are encoded."""
 MOST_PROBLEMS = 1000
 """With that many, reading ends: it is the file that is wrong, not its rows."""
 BAD = "cannot be read"
 EMPTY = "an answer is empty"
 MASKED = "no token carries loss"
+_AS_JSON = json.JSONEncoder(sort_keys=True, default=str).encode
 
 Spans = list[Arrays]
 """(ids, loss) of each sequence of a row."""
@@ -125,23 +130,27 @@ class Pipeline:
         self._rows = self._bad = self._trailing = 0
         self._largest = -1
 
-    def run(self, rows: Iterable[SourceRow | Problem]) -> dict[str, Any]:
-        """Everything; returns counts. Raises `DataError` for rows that cannot be read, unless they are skipped."""
+    def run(self, rows: Iterable[SourceRow | Problem], check: Callable[[], tuple[str, ...]]) -> dict[str, Any]:
+        """Everything; returns counts, and the notes that `check` makes. Nothing is written before that has returned.
+        Raises what it raises, and `DataError` for rows that cannot be read, unless they are skipped."""
         waiting: deque[tuple[list[_Read], Future[list[Spans | RowError]]]] = deque()
         source = iter(rows)
-        with ThreadPoolExecutor(ENCODERS) as pool:
+        with _rare_collection(), ThreadPoolExecutor(ENCODERS) as pool:
+            checked = pool.submit(check)
             while batch := list(self._batch(source)):
                 said = [each.conversation for each in batch if each.conversation is not None]
                 encoder = self._encoder
                 waiting.append((batch, pool.submit(encode_many, said, encoder.turns, encoder.data.loss_on)))
                 if len(waiting) > AHEAD:
+                    checked.result()
                     self._write(*waiting.popleft())
                 if len(self._problems) >= MOST_PROBLEMS:
                     break
+            notes = checked.result()
             while waiting:
                 self._write(*waiting.popleft())
         raise_all(self._problems)
-        return {"trailing_turns": self._trailing, "bad": self._bad, "largest_id": self._largest}
+        return {"trailing_turns": self._trailing, "bad": self._bad, "largest_id": self._largest, "notes": notes}
 
     def _batch(self, source: Iterator[SourceRow | Problem]) -> Iterator[_Read]:
         characters = 0
@@ -198,6 +207,18 @@ class Pipeline:
         self._writer.note(problem.what)
 
 
+@contextmanager
+def _rare_collection() -> Iterator[None]:
+    """Python's garbage collector goes through lists of ids over and over, in which it can find nothing: 5% of the
+    time, at its usual threshold."""
+    before = gc.get_threshold()
+    gc.set_threshold(COLLECT_AFTER, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 def _is_empty(conversation: Conversation, turn: int) -> bool:
     message = conversation.messages[turn]
     return message.train and not message.content.strip() and "tool_calls" not in message.extra
@@ -221,7 +242,7 @@ def key_of(conversation: Conversation) -> bytes:
     ]
     if conversation.tools:
         said.append([dict(tool) for tool in conversation.tools])
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).digest()[:16]
+    return hashlib.sha256(_AS_JSON(said).encode()).digest()[:16]
 
 
 def window(rows: Iterator[SourceRow | Problem], skip: int, take: int | None) -> Iterator[SourceRow | Problem]:

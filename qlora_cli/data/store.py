@@ -77,8 +77,8 @@ class StoreWriter:
 
     def _sequence(self, sequence: Encoded, row: int) -> None:
         with disk_errors(self._folder):
-            self._ids.write(sequence.ids.astype("<i4", copy=False).tobytes())
-            self._loss.write(sequence.loss.astype(np.bool_, copy=False).tobytes())
+            self._ids.write(np.ascontiguousarray(sequence.ids, "<i4").data)
+            self._loss.write(np.ascontiguousarray(sequence.loss, np.bool_).data)
         values = (self._written, len(sequence), sequence.targets, row)
         for column, value in zip(self._sequences, values, strict=True):
             column.append(value)

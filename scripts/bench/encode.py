@@ -5,7 +5,8 @@
 
 The first compares, in turn, what `qlora` does with a file of chat rows (read, parse, render, encode, mask, hash, write
 down) with the tokenizer's own batch call on the very texts that are encoded, rendered beforehand: tokens per second of
-both, and their ratio. The second writes a file of that size and says how much memory encoding it took at its peak.
+both, and the median of the ratios of neighbouring runs, which a machine whose speed drifts blurs least. The second
+writes a file of that size and says how much memory encoding it took at its peak.
 
 Rows are generated: one to three questions and answers of invented text. The tokenizer is trained on such text, or on
 the file, with ChatML's tokens as special ones.
@@ -122,11 +123,13 @@ def speed(args: argparse.Namespace, place: Path) -> dict[str, Any]:
             tokens, seconds = ours(section, tokenizer) if who == "ours" else tokenizer_alone(tokenizer, texts)
             rates[who].append(tokens / seconds)
     medians = {who: statistics.median(found) for who, found in rates.items()}
+    ratios = [mine / other for mine, other in zip(rates["ours"], rates["tokenizer"], strict=True)]
     return {
         "rows": len(texts),
         "tokens": tokens,
         "tokens_per_second": medians,
-        "ratio": medians["ours"] / medians["tokenizer"],
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": statistics.quantiles(ratios) if len(ratios) > 1 else ratios,
         "runs": rates,
     }
 
