@@ -1,13 +1,15 @@
 """What can go wrong through no fault of this program, and the exit code of each kind.
 
-Every part raises a `QloraError` for a user's mistake or a machine's limit; only `cli/app.py` catches it.
-A `ValueError` or `TypeError` that reaches the top is a bug and keeps its traceback.
+Every part raises a `QloraError` for a user's mistake or a machine's limit; only `cli/app.py` catches it. None tells a
+secret, whatever a library said. A `ValueError` or `TypeError` that reaches the top is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from qlora_cli.secrets import redact
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         for name in ("what", "why", "fix", "where"):  # text of files and libraries may hold what moves a cursor
-            object.__setattr__(self, name, "".join(map(_shown, getattr(self, name))))
+            object.__setattr__(self, name, "".join(map(_shown, redact(getattr(self, name)))))
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what

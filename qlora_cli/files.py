@@ -43,6 +43,17 @@ def _disk_error(path: Path, error: Exception) -> DiskError:
     return DiskError(f"cannot write {path}: {error}", fix=f"free space there: {free}; choose another place with -o DIR")
 
 
+def check_space(path: Path, needed: int, what: str = "the run") -> None:
+    """Raises `DiskError` when fewer than `needed` bytes are free where `path` will be."""
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DiskError(
+            f"{path}: {what} will write {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there",
+            fix="free space, or choose another place with -o DIR",
+        )
+
+
 def _free_bytes(path: Path) -> str:
     for folder in (path, *path.parents):
         if folder.is_dir():

@@ -15,20 +15,21 @@ import qlora_cli
 PACKAGE = Path(qlora_cli.__file__).parent
 LAYERS: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "cli": {"workflows", "recipe", "errors", "__init__"},
+    "cli": {"workflows", "recipe", "errors", "secrets", "__init__"},
     "workflows": {"training", "evaluation", "generation", "export", "data", "model", "cache", "recipe", "files"}
-    | {"errors", "__init__"},
+    | {"errors", "secrets", "__init__"},
     "training": {"data", "model", "recipe", "files", "errors"},
     "evaluation": {"data", "model", "recipe", "files", "errors"},
     "generation": {"model", "recipe", "files", "errors"},
     "export": {"model", "recipe", "files", "hub", "errors", "__init__"},
     "data": {"cache", "recipe", "files", "hub", "errors"},
     "model": {"cache", "recipe", "files", "hub", "errors"},
-    "recipe": {"errors"},
+    "recipe": {"errors", "secrets"},
     "cache": {"files", "errors"},
     "files": {"errors"},
     "hub": {"errors"},
-    "errors": set(),
+    "errors": {"secrets"},
+    "secrets": set(),
     "__init__": set(),
 }
 BITSANDBYTES = {

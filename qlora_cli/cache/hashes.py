@@ -1,11 +1,12 @@
 """Hashes of large files, remembered, so that gigabytes are not read on each start.
 
 Knows files. Invariant: a hash is used only for a file whose place, inode, size and times are as they were when it was
-taken, and samples of whose content are too; everything else is read again.
+taken, and samples of whose content are too; everything else is read again. A damaged record counts as none.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -37,10 +38,8 @@ class Hashes:
     def of(self, files: Sequence[Path]) -> dict[Path, str]:
         """SHA-256 of each file; those that are not known are read in threads."""
         remembered, facts = self._remembered(), {file: _facts(file) for file in files}
-        found = {file: _digest_in(remembered.get(_place(file)), facts[file]) for file in files}
-        unknown = [file for file, digest in found.items() if not digest]
-        with ThreadPoolExecutor(THREADS) as pool:
-            fresh = dict(zip(unknown, pool.map(sha256, unknown), strict=True))
+        found = {file: _digest_in(remembered.get(_place(file)), _place(file), facts[file]) for file in files}
+        fresh = taken([file for file, digest in found.items() if not digest])
         self._remember({file: {**facts[file], "sha256": digest} for file, digest in fresh.items()})
         return found | fresh
 
@@ -52,12 +51,18 @@ class Hashes:
 
     def _remember(self, fresh: Mapping[Path, dict[str, Any]]) -> None:
         """Two processes that write at once may lose a hash of theirs, which is then taken again."""
-        settled = {_place(file): known for file, known in fresh.items() if _settled(file, known)}
+        settled = {_place(f): sealed(_place(f), known) for f, known in fresh.items() if _settled(f, known)}
         if not settled:
             return
         others = {place: known for place, known in self._remembered().items() if Path(place).is_file()}
         with suppress(OSError, DiskError):
             write_json(self.memory, {**others, **settled})
+
+
+def taken(files: Sequence[Path]) -> dict[Path, str]:
+    """SHA-256 of each file, read in threads."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(files, pool.map(sha256, files), strict=True))
 
 
 def _place(file: Path) -> str:
@@ -70,9 +75,15 @@ def _facts(file: Path) -> dict[str, Any]:
     return {"bytes": stat.st_size, "inode": stat.st_ino, **times, "samples": sample_hash(file)}
 
 
-def _digest_in(known: object, facts: Mapping[str, Any]) -> str:
+def sealed(place: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with a hash of its own, so that one which was damaged is not believed."""
+    seal = hashlib.sha256(json.dumps([place, sorted(known.items())]).encode()).hexdigest()
+    return {**known, "seal": seal}
+
+
+def _digest_in(known: object, place: str, facts: Mapping[str, Any]) -> str:
     """The hash that was remembered of a file with these facts; empty where there is none."""
-    if not isinstance(known, dict) or known != {**facts, "sha256": known.get("sha256")}:
+    if not isinstance(known, dict) or known != sealed(place, {**facts, "sha256": known.get("sha256")}):
         return ""
     return str(known["sha256"])
 

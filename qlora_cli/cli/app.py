@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import qlora_cli.cli.options as opt
 from qlora_cli import __version__
+from qlora_cli.cli.clean import clean_stderr
 from qlora_cli.cli.data import data
 from qlora_cli.cli.merge import merge
 from qlora_cli.cli.options import Adapter, AllowChangedBase, Json, Output, Overrides, Quiet
 from qlora_cli.cli.quantize import quantize
 from qlora_cli.cli.settings import SETTINGS
+from qlora_cli.cli.show import show
 from qlora_cli.cli.signals import end_on_signals, interruption
 from qlora_cli.errors import QloraError
 
@@ -52,12 +55,19 @@ app.command()(data)
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML recipe, or the name of a shipped one.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="A YAML recipe, or the name of a shipped one; with --resume also a run directory."
+        ),
+    ],
     overrides: Overrides = None,
     output: Output = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe, read the data, print the plan; load no weight.")
     ] = False,
+    resume: opt.Resume = False,
+    allow_change: opt.AllowChange = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -65,8 +75,12 @@ def train(
 
     Prints the folder that holds the adapter (or, without lora, the model).
     """
+    if allow_change and not resume:
+        raise typer.BadParameter("--allow-change says what may differ for --resume; give that too")
     from qlora_cli.recipe.load import load_recipe
 
+    if resume and Path(recipe).is_dir():
+        recipe, output = str(Path(recipe) / "resolved.yaml"), output or Path(recipe)
     loaded = load_recipe(recipe, overrides or [])
 
     from qlora_cli.cli.console import Console
@@ -80,7 +94,7 @@ def train(
         console.result(plan.line(), {"event": "result", **plan.as_json()})
         return
     with console:
-        result = run_train(loaded, output, console)
+        result = run_train(loaded, output, console, resume, allow_change or ())
     console.result(str(result.artifact), result.as_json())
 
 
@@ -108,6 +122,7 @@ def evaluate(
 
 app.command()(merge)
 app.command()(quantize)
+app.command()(show)
 
 
 @app.command()
@@ -162,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     end_on_signals()
     try:
-        app(args=list(argv) if argv is not None else None, prog_name="qlora")
+        with clean_stderr():
+            app(args=list(argv) if argv is not None else None, prog_name="qlora")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
         return _interrupted(code) if code > 128 else code

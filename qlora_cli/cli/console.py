@@ -1,7 +1,8 @@
 """The only file that prints.
 
 Knows streams and events. Invariant: stdout carries results (or with `--json` events) and nothing else; processes other
-than the first print nothing; without a terminal there is no carriage return and no colour.
+than the first print nothing; without a terminal there is no carriage return and no colour; no secret is shown, but
+where a model says one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TextIO
 
 from qlora_cli.errors import DataError, DeviceMemoryError, DiskError, QloraError
+from qlora_cli.secrets import redact, redacted
 
 WIDE_ENOUGH_FOR_A_BAR = 100
 """Columns; the figures alone take about 80."""
@@ -64,9 +66,9 @@ class Console:
     def _show(self, event: Event, value: Mapping[str, Any]) -> None:
         advance = {"step": "step", "progress": "done"}.get(value["event"])
         if self._live and advance:
-            self._live.update(event.line(), value[advance], value["total"])
+            self._live.update(redact(event.line()), value[advance], value["total"])
         elif not advance or getattr(event, "logged", True):
-            self._above(event.line())
+            self._above(redact(event.line()))
 
     def _above(self, line: str) -> None:
         if self._live:
@@ -89,7 +91,7 @@ class Console:
         if self._json:
             _print_json(value)
         else:
-            _to_stdout(f"{text}\n")
+            _to_stdout(f"{text if _is_said(value) else redact(text)}\n")
 
     def answer(self, pieces: Iterable[str], told: Callable[[], Event | None] = lambda: None) -> None:
         """A streamed answer, on stdout; with `--json` what `told` has of it when it is there."""
@@ -146,13 +148,14 @@ class Console:
 
     def hint(self, text: str) -> None:
         """An answer of the program rather than of a model, on stderr."""
-        print(_harmless(text, sys.stderr), file=sys.stderr, flush=True)
+        print(_harmless(redact(text), sys.stderr), file=sys.stderr, flush=True)
 
     def status(self, text: str) -> None:
         """Figures beside an answer, dim where the terminal can, on stderr."""
         if self._lines:
             dim = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
-            print(f"\x1b[2m{text}\x1b[0m" if dim else text, file=sys.stderr, flush=True)
+            shown = redact(text)
+            print(f"\x1b[2m{shown}\x1b[0m" if dim else shown, file=sys.stderr, flush=True)
 
     def problem(self, error: Exception) -> None:
         """An error after which the command goes on."""
@@ -242,8 +245,13 @@ class _LiveLine:
             self._progress.stop()
 
 
+def _is_said(value: Mapping[str, Any]) -> bool:
+    """Whether it is what a model said, which is given as it said it: streamed or not, whatever it looks like."""
+    return bool(value.get("event") == "answer")
+
+
 def _print_json(value: Mapping[str, Any]) -> None:
-    _to_stdout(json.dumps(value, ensure_ascii=False) + "\n")
+    _to_stdout(json.dumps(value if _is_said(value) else redacted(value), ensure_ascii=False) + "\n")
 
 
 def _to_stdout(text: str) -> None:
@@ -267,7 +275,7 @@ def show_error(error: QloraError) -> None:
 
 def show_bug(error: BaseException) -> None:
     """A traceback: something that this program should have foreseen."""
-    traceback.print_exception(error, file=sys.stderr)
+    print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     print("error: this is a bug in qlora; please report it with the lines above", file=sys.stderr, flush=True)
 
 

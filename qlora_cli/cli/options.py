@@ -28,6 +28,18 @@ Output = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--output", "-o", metavar="DIR", help="Run directory (default: the recipe's output, or out/RECIPE)."),
 ]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with the run that is in the run directory, from its newest whole checkpoint."),
+]
+AllowChange = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--allow-change",
+        metavar="KEY",
+        help="With --resume: a key of the recipe (train.lr), or of lock.json (versions.torch), that may differ.",
+    ),
+]
 Adapter = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--adapter", metavar="DIR", help="A run directory, or an adapter folder."),

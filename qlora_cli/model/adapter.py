@@ -23,7 +23,8 @@ from qlora_cli.model.lora import LoraLinear, attach, linear_layers, stored_in
 from qlora_cli.model.tokens import TokenRows, add_rows
 from qlora_cli.recipe.schema import LoraSection
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 PREFIX = "base_model.model."
 TOKENS = "trainable_token_indices"
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
@@ -31,11 +32,11 @@ MOST_NAMED = 4
 
 
 def adapter_tensors(layers: Mapping[str, LoraLinear], rows: TokenRows | None = None) -> dict[str, Tensor]:
-    """`_parameters`, copied to the CPU."""
-    return {key: value.detach().cpu().contiguous().clone() for key, value in _parameters(layers, rows).items()}
+    """`adapter_parameters`, copied to the CPU."""
+    return {key: value.detach().cpu().contiguous().clone() for key, value in adapter_parameters(layers, rows).items()}
 
 
-def _parameters(layers: Mapping[str, LoraLinear], rows: TokenRows | None) -> dict[str, nn.Parameter]:
+def adapter_parameters(layers: Mapping[str, LoraLinear], rows: TokenRows | None) -> dict[str, nn.Parameter]:
     """By PEFT's keys: `base_model.model.NAME.lora_A.weight` [r, in] and `.lora_B.weight` [out, r]; for new tokens
     `base_model.model.NAME.token_adapter.trainable_tokens_delta` [n, hidden], which despite its name holds values."""
     found = {}
@@ -79,23 +80,33 @@ def _target_modules(model: nn.Module, layers: Mapping[str, LoraLinear]) -> list[
 
 
 def save_adapter(
-    final: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], beside: Callable[[Path], None]
+    final: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    beside: Callable[[Path], None],
+    result: bool = True,
 ) -> None:
     """Writes the adapter under a temporary name with whatever `beside` adds, reads it back, compares, renames.
 
-    Raises `ModelError` when what was read differs, is not finite, or has learned nothing; nothing is renamed then.
+    Raises `ModelError` when what was read differs or is not finite; nothing is renamed then. A run's `result` must have
+    learned something too, and takes the place of one that is already there.
     """
-    with staged_folder(final) as folder:
+    with staged_folder(final, replace=result) as folder:
         with disk_errors(folder):
             save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
         write_json(folder / CONFIG, config)
         beside(folder)
         verify_adapter(folder, tensors)
+        if result and not learned_something(tensors):
+            why = "every B is zero"
+            raise ModelError(
+                "the adapter has learned nothing", why, fix="check that train.lr and the data are as meant"
+            )
         write_manifest(folder)
 
 
 def verify_adapter(folder: Path, expected: Mapping[str, Tensor]) -> None:
-    """Compares the tensors in `folder` with `expected`, bit for bit, and checks that they are finite and B not 0."""
+    """Compares the tensors in `folder` with `expected`, bit for bit, and checks that they are finite."""
     found = _read(folder)[1]
     if not_finite(found):
         raise ModelError(
@@ -107,10 +118,6 @@ def verify_adapter(folder: Path, expected: Mapping[str, Tensor]) -> None:
             f"the adapter read back from {folder} differs from the one trained ({len(wrong)} tensors)",
             why="the disk or a program beside this one changed it",
             fix="check the disk and save again",
-        )
-    if not learned_something(found):
-        raise ModelError(
-            "the adapter has learned nothing: every B is zero", fix="check that train.lr and the data are as you meant"
         )
 
 
@@ -140,6 +147,12 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not (folder / WEIGHTS).is_file() and (folder / PICKLE).is_file():
+        raise ModelError(
+            f"{folder} has its weights as a pickle only ({PICKLE})",
+            why="loading a pickle can run any code that it contains, so only safetensors are read",
+            fix="load it with PEFT where you trust it, and save it from there: save_pretrained writes safetensors",
+        )
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         raise ModelError(
             f"{folder} is not an adapter: {CONFIG} and {WEIGHTS} must be in it",
@@ -149,11 +162,17 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder}: peft_type is {config.get('peft_type')}; only LORA adapters are read")
     try:
-        return config, load_file(folder / WEIGHTS)
+        tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{folder / WEIGHTS} is damaged: {error}", fix="take it from a checkpoint or train again"
         ) from error
+    if strange := sorted(key for key, value in tensors.items() if value.dtype not in FLOATS):
+        raise ModelError(
+            f"{folder / WEIGHTS}: {strange[0]} is of type {tensors[strange[0]].dtype}",
+            fix="take an adapter in 16 or 32 bits, which is what qlora and PEFT write",
+        )
+    return config, tensors
 
 
 def mismatches(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> list[str]:
@@ -172,7 +191,7 @@ def load_into(
 ) -> None:
     """Copies tensors into the layers and rows; every name and shape must match, and all that do not are named at
     once."""
-    targets = _parameters(layers, rows)
+    targets = adapter_parameters(layers, rows)
     problems = mismatches({key: tuple(parameter.shape) for key, parameter in targets.items()}, tensors)
     if problems:
         raise ModelError.of([Problem(text, where=str(source)) for text in problems])

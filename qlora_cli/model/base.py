@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_cli.cache.entries import Cache
+from qlora_cli.cache.hashes import taken
 from qlora_cli.errors import ModelError
-from qlora_cli.model.folder import BaseFolder, read_json
+from qlora_cli.model.folder import NO_CODE, BaseFolder, own_code, read_json
 from qlora_cli.model.lora import linear_shape
 from qlora_cli.model.nf4 import (
     four_bit_layers,
@@ -28,7 +29,7 @@ from qlora_cli.model.nf4 import (
     stored_facts,
 )
 from qlora_cli.model.quantizer import loading_config
-from qlora_cli.model.source import Source
+from qlora_cli.model.source import Source, check_files
 from qlora_cli.model.stored import Wanted, load_through
 from qlora_cli.model.stream import loader, name_after
 from qlora_cli.recipe.schema import ModelSection, QuantizationSection
@@ -63,9 +64,10 @@ def load_config(folder: BaseFolder) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
     except (*MALFORMED, OSError, StrictDataclassError) as error:
+        _refuse_code(folder, "config.json")
         raise ModelError(
             f"{folder.name}: its config.json is not one that the installed transformers knows: {_first_line(error)}",
-            why="code that comes with a model repository is never run",
+            why=NO_CODE,
             fix="install a newer transformers, or choose another base",
         ) from error
     stored = getattr(config, "quantization_config", None)
@@ -114,10 +116,21 @@ def load_tokenizer(folder: BaseFolder) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
     except Exception as error:  # tokenizers raises nothing more special for a file that it does not understand
+        _refuse_code(folder, "tokenizer_config.json")
         raise ModelError(
             f"{folder.name}: its tokenizer cannot be loaded: {_first_line(error)}",
             fix="put the base's tokenizer files (tokenizer.json, tokenizer_config.json) into its folder",
         ) from error
+
+
+def _refuse_code(folder: BaseFolder, name: str) -> None:
+    """Says so where a file of the folder, which could not be loaded, needs Python of its own."""
+    if code := own_code(folder.path / name):
+        raise ModelError(
+            f"{folder.name} needs code of its own: auto_map in its {name} names {code}",
+            why=f"transformers has nothing that could stand in for it, and {NO_CODE}",
+            fix="install a newer transformers, which may know this model, or choose another base",
+        )
 
 
 def meta_model(config: Any) -> Any:
@@ -127,7 +140,8 @@ def meta_model(config: Any) -> Any:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (*MALFORMED, RuntimeError) as error:
         raise ModelError(
-            f"a model of type {config.model_type} cannot be built for text generation: {_first_line(error)[:160]}",
+            f"{config.name_or_path}: a model of type {config.model_type} cannot be built for text generation: "
+            f"{_first_line(error)[:160]}",
             fix="choose a causal language model as model.base, and check its config.json",
         ) from error
 
@@ -145,6 +159,7 @@ def load_base(
     quantised before is read from there, bit for bit the same."""
     config = load_config(folder)
     _check_generation_config(folder)
+    check_files(folder, cache.hashes.of if cache else taken)
 
     def load() -> Any:
         return _from_files(folder, section, quantization, dtype, device)
@@ -210,8 +225,10 @@ def _load_fix(section: ModelSection) -> str:
 def _check_complete(folder: BaseFolder, info: dict[str, Any]) -> None:
     missing = sorted(info.get("missing_keys", ()))
     if missing:
+        files = ", ".join(file.name for file in folder.weight_files()[:3])
         raise ModelError(
-            f"{folder.name}: {len(missing)} weights of its architecture are not in its files, e.g. {missing[0]}",
+            f"{folder.name}: {len(missing)} weights of its architecture are not in its files ({files}), e.g. "
+            f"{missing[0]}",
             why="they would be random numbers",
             fix="download the model again, or check that config.json belongs to these weights",
         )

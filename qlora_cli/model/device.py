@@ -6,6 +6,7 @@ Knows torch's view of the hardware and nothing of models. Invariant: a `Machine`
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -142,3 +143,10 @@ def _left(folder: Path, limit: str, usage: str, droppable: str) -> int | None:
         lines = (folder / "memory.stat").read_text(encoding="ascii").split("\n")
         counts = {name: int(value) for name, _, value in (line.partition(" ") for line in lines) if value}
     return max(0, most - used + counts.get(droppable, 0))
+
+
+def make_deterministic(wanted: bool) -> None:
+    """Asks torch for deterministic kernels alone. Before the first CUDA call."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

@@ -1,13 +1,16 @@
 """Finding a base model: a local folder, or a snapshot of a Hub repository.
 
 Knows files and the Hub, and loads nothing. Invariant: a `BaseFolder` holds a config and, when weights were asked for,
-safetensors files that all lie inside it; pickles are refused and no code from a repository runs.
+safetensors files that all lie inside it; pickles are refused and no code from a repository runs. What a folder says,
+in its index, its config or a link, leads to no file outside of it, but for the Hub cache's links to its own blobs.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+import os
+import re
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +27,8 @@ INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 LONGEST_HUB_ID = 96 + 1 + 96
+TRUST_FIX = "get the model from a source that you trust"
+NO_CODE = "code that comes with a model repository is never run"
 FOLDER_FIX = "or download the model elsewhere and name its folder in model.base"
 
 
@@ -111,14 +116,77 @@ def _check_config(folder: BaseFolder) -> None:
         )
     if not (folder.path / "config.json").is_file():
         raise ModelError(f"{folder.name} has no config.json", fix="name the folder that holds config.json")
-    read_json(folder.path / "config.json")
+    check_links(folder.name, (file for pattern in (*TEXT_FILES, "*.safetensors") for file in folder.path.glob(pattern)))
+    config = read_json(folder.path / "config.json")
+    weights = config.get("transformers_weights")  # transformers reads this file in place of the usual ones
+    if weights is not None and not _is_weight_file(weights):
+        raise _leads_out(f"{folder.name}: transformers_weights in config.json is no *.safetensors beside it", weights)
+    if kernel := _kernel(config):
+        raise ModelError(
+            f"{folder.name}: its config.json asks for the code of {kernel}",
+            why=NO_CODE,
+            fix="take that entry out of config.json, or choose another base",
+        )
+
+
+def _kernel(config: dict[str, Any]) -> str:
+    """The Hub repository whose code a configuration, or a part of it, wants to compute with; empty for none."""
+    parts: list[tuple[str, Any]] = [("", config)]
+    while parts:
+        key, value = parts.pop()
+        if isinstance(value, dict):
+            parts += [(key if "_implementation" in key else name, inner) for name, inner in value.items()]
+        elif isinstance(value, list):
+            parts += [(key, inner) for inner in value]
+        elif isinstance(value, str) and "_implementation" in key and "/" in value:
+            return value
+    return ""
+
+
+def own_code(path: Path) -> str:
+    """The Python that a JSON file of transformers wants to be loaded with; empty for none."""
+    wanted = read_json(path).get("auto_map") if path.is_file() else None
+    values = list(wanted.values()) if isinstance(wanted, dict) else [wanted]
+    return "" if not wanted or not values else str(values[0])[:80]
+
+
+def check_links(name: str, files: Iterable[Path]) -> None:
+    """Raises `ModelError` for a file of a folder that is a link to somewhere else."""
+    for file in files:
+        if file.is_symlink() and not _leads_home(file):
+            raise _leads_out(f"{name}: {file.name} is a link that leads out of its folder", os.path.realpath(file))
+
+
+def _leads_home(file: Path) -> bool:
+    """Whether a link ends in its folder, or, from a snapshot in the Hub's cache, among the blobs of its repository or
+    of that cache."""
+    home, end = Path(os.path.realpath(file.parent)), Path(os.path.realpath(file))
+    blobs = [above / "blobs" for above in home.parents[1:3]] if home.parent.name == "snapshots" else []
+    return any(end.is_relative_to(place) for place in (home, *blobs))
+
+
+def hub_digest(file: Path) -> str | None:
+    """SHA-256 by whose name the Hub's cache keeps a large file; None for a file of which it is not known."""
+    if not file.is_symlink():
+        return None
+    blob = Path(os.path.normpath(Path(os.path.realpath(file.parent)) / file.readlink()))
+    return blob.name if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) else None
+
+
+def _leads_out(what: str, where: object) -> ModelError:
+    why = "a model's folder must not read files elsewhere on this machine, nor anything but safetensors"
+    return ModelError(f"{what}: {str(where)[:200]}", why=why, fix=f"{TRUST_FIX}, or copy the file into the folder")
+
+
+def _is_weight_file(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
 
 
 def _check_weights(folder: BaseFolder) -> None:
     check_manifest(folder.name, folder.path)
     index = folder.path / INDEX
     if index.is_file():
-        _check_index(folder, read_json(index))
+        _check_index(folder, read_json(index, unique=True))
     elif not folder.weight_files():
         raise _no_safetensors(folder)
 
@@ -153,11 +221,13 @@ def _check_index(folder: BaseFolder, index: Any) -> None:
         raise ModelError(
             f"{folder.name}: {INDEX} names a file outside of its folder: {outside[0]}",
             why="a weight index must not read files elsewhere on this machine",
-            fix="get the model from a source that you trust",
+            fix=TRUST_FIX,
         )
-    missing = [name for name in shards if not (folder.path / name).is_file()]
-    if missing:
-        names = ", ".join(missing[:3])
+    if other := [name for name in shards if not _is_weight_file(name)]:
+        raise _leads_out(f"{folder.name}: {INDEX} names a file that is no *.safetensors", other[0])
+    there = {file.name for file in folder.weight_files() if file.is_file()}
+    if missing := [name[:80] for name in shards if name not in there]:
+        names = f"{', '.join(missing[:3])} (by {INDEX})"
         raise ModelError(f"{folder.name}: {len(missing)} weight files are missing: {names}", fix="download it again")
 
 
@@ -174,12 +244,20 @@ def _no_safetensors(folder: BaseFolder) -> ModelError:
     )
 
 
-def read_json(path: Path) -> Any:
-    """The JSON object in `path`, or a `ModelError` that names it."""
+def read_json(path: Path, unique: bool = False) -> Any:
+    """The JSON object in `path`, or a `ModelError` that names it. `unique`: a key that comes twice is an error."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once if unique else None)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}", fix="download or write it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: must hold a JSON object")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in found if keys.count(key) > 1)[:80]} comes twice")
+    return found

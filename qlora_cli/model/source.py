@@ -1,13 +1,13 @@
 """The tensors of a model folder, one at a time.
 
-Knows safetensors files and their index. Invariant: at most the tensor asked for is in memory; files are opened for each
-read, so that no mapped page outlives it.
+Knows safetensors files, their index and their names in the Hub's cache. Invariant: at most the tensor asked for is in
+memory; files are opened for each read, so that no mapped page outlives it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_cli.errors import ModelError
-from qlora_cli.model.folder import INDEX, BaseFolder, read_json
+from qlora_cli.model.folder import INDEX, BaseFolder, hub_digest, read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -32,6 +32,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """safetensors' names of the types that weights have."""
+Digests = Callable[[Sequence[Path]], Mapping[Path, str]]
+"""SHA-256 of each of some files."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Source:
         self.entries: dict[str, Entry] = {}
         for file in _files(folder):
             self.entries |= _entries(file)
-        _check_index(folder, self.entries)
+        _check_index(folder, {name: entry.file for name, entry in self.entries.items()})
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, on the CPU."""
@@ -94,31 +96,49 @@ def _opened(path: Path) -> Any:
     return safe_open(path, framework="pt", device="cpu")
 
 
-def _entries(path: Path) -> dict[str, Entry]:
+def check_files(folder: BaseFolder, digests: Digests) -> None:
+    """Raises `ModelError`, naming the file, unless every weight file is as long as its header says and holds what the
+    index says. Flipped bits of a weight show only in the Hub's cache, which names files by their SHA-256."""
+    _check_index(folder, {name: file for file in _files(folder) for name in _header(file)})
+    named = {file: digest for file in folder.weight_files() if (digest := hub_digest(file))}
+    for file, digest in digests(list(named)).items():
+        if digest != named[file]:
+            raise ModelError(
+                f"{folder.name}: {file.name} is damaged: its SHA-256 is not the one that the Hub's cache names it by",
+                fix=f"remove {file.resolve()} and download it again",
+            )
+
+
+def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(type, shape) of every tensor in a file."""
     try:
         with _opened(path) as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
-            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{path} is damaged or half-written: {error}", fix="download or write the model again"
         ) from error
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    found = _header(path)
     strange = sorted({dtype for dtype, _ in found.values()} - DTYPES.keys())
     if strange:
         raise ModelError(f"{path} holds tensors of type {strange[0]}", fix="name a model in 16 or 32 bits")
     return {name: Entry(path, DTYPES[dtype], shape) for name, (dtype, shape) in found.items()}
 
 
-def _check_index(folder: BaseFolder, entries: dict[str, Entry]) -> None:
+def _check_index(folder: BaseFolder, files: Mapping[str, Path]) -> None:
+    """`files`: in which file each tensor is."""
     index = folder.path / INDEX
     if not index.is_file():
         return
     weight_map = read_json(index)["weight_map"]
-    missing = sorted(
-        name for name, file in weight_map.items() if name not in entries or entries[name].file.name != file
-    )
+    missing = sorted(name for name, file in weight_map.items() if name not in files or files[name].name != file)
     if missing:
         raise ModelError(
-            f"{folder.name}: {len(missing)} tensors that {INDEX} names are not in their files, e.g. {missing[0]}",
+            f"{folder.name}: {len(missing)} tensors that {INDEX} names are not in their files, e.g. {missing[0]} in "
+            f"{weight_map[missing[0]]}",
             fix="download or write the model again",
         )

@@ -16,7 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.errors import ModelError
 from qlora_cli.files import disk_errors, staged_folder, write_manifest
-from qlora_cli.model.adapter import adapter_config, adapter_tensors, load_into, save_adapter
+from qlora_cli.model.adapter import (
+    adapter_config,
+    adapter_parameters,
+    adapter_tensors,
+    load_into,
+    read_adapter,
+    save_adapter,
+)
 from qlora_cli.model.lora import LoraLinear, attach, stored_in
 from qlora_cli.model.tokens import add_rows, widen
 from qlora_cli.recipe.schema import LoraSection
@@ -30,8 +37,8 @@ class Trained(Protocol):
     kind: str
     """Name of its folder in the run directory: `adapter` or `model`."""
 
-    def parameters(self) -> Sequence[torch.nn.Parameter]:
-        """Every trained parameter, always in the same order."""
+    def named(self) -> Mapping[str, torch.nn.Parameter]:
+        """Every trained parameter by its name in a saved folder, always in the same order."""
 
     def adapters(self) -> Sequence[LoraLinear]:
         """The adapted layers, where there are any."""
@@ -42,8 +49,12 @@ class Trained(Protocol):
     def restore(self, values: Mapping[str, Tensor]) -> None:
         """Puts a snapshot's values back."""
 
-    def save(self, final: Path, beside: Beside) -> None:
-        """Writes the folder `final`, with whatever `beside` adds, verified against the values in memory."""
+    def save(self, final: Path, beside: Beside, result: bool = True) -> None:
+        """Writes the folder `final`, with whatever `beside` adds, verified against the values in memory. A run's
+        `result` must have learned something, and takes the place of one that is already there."""
+
+    def load(self, folder: Path) -> None:
+        """Puts back what `save` wrote. Raises `ModelError` where it does not fit."""
 
 
 class TrainedAdapter:
@@ -64,10 +75,9 @@ class TrainedAdapter:
         self.layers = attach(model, lora, dtype, seed)
         self.rows = add_rows(model, new_tokens, stored_in(lora, dtype))
 
-    def parameters(self) -> Sequence[torch.nn.Parameter]:
+    def named(self) -> Mapping[str, torch.nn.Parameter]:
         """See `Trained`."""
-        factors = [p for layer in self.layers.values() for p in (layer.lora_a, layer.lora_b)]
-        return [*factors, *(self.rows.parameters() if self.rows else ())]
+        return adapter_parameters(self.layers, self.rows)
 
     def adapters(self) -> Sequence[LoraLinear]:
         """See `Trained`."""
@@ -81,10 +91,14 @@ class TrainedAdapter:
         """See `Trained`."""
         load_into(self.layers, values, Path("memory"), self.rows)
 
-    def save(self, final: Path, beside: Beside) -> None:
+    def save(self, final: Path, beside: Beside, result: bool = True) -> None:
         """See `Trained`."""
         config = adapter_config(self._model, self.layers, self._lora, self._base, self.rows)
-        save_adapter(final, self.snapshot(), config, beside)
+        save_adapter(final, self.snapshot(), config, beside, result)
+
+    def load(self, folder: Path) -> None:
+        """See `Trained`."""
+        load_into(self.layers, read_adapter(folder)[1], folder, self.rows)
 
 
 class TrainedModel:
@@ -101,9 +115,9 @@ class TrainedModel:
     def _sums(self) -> list[float]:
         return [float(p.detach().double().sum()) for p in self._model.parameters()]
 
-    def parameters(self) -> Sequence[torch.nn.Parameter]:
+    def named(self) -> Mapping[str, torch.nn.Parameter]:
         """See `Trained`."""
-        return list(self._model.parameters())
+        return dict(self._model.named_parameters())
 
     def adapters(self) -> Sequence[LoraLinear]:
         """See `Trained`."""
@@ -119,22 +133,29 @@ class TrainedModel:
         for name, parameter in self._model.named_parameters():
             parameter.copy_(values[name])
 
-    def save(self, final: Path, beside: Beside) -> None:
+    def save(self, final: Path, beside: Beside, result: bool = True) -> None:
         """See `Trained`."""
-        with staged_folder(final) as folder:
+        with staged_folder(final, replace=result) as folder:
             with disk_errors(folder):
                 self._model.save_pretrained(folder)
             beside(folder)
             self._verify(folder)
+            if result and self._sums() == self._before:
+                raise ModelError(
+                    "the model has learned nothing: no weight changed", fix="check that train.lr is as you meant"
+                )
             write_manifest(folder)
 
-    def _verify(self, folder: Path) -> None:
+    def load(self, folder: Path) -> None:
+        """See `Trained`."""
+        self.restore(self._read(folder))
+
+    def _read(self, folder: Path) -> dict[str, Tensor]:
         read = AutoModelForCausalLM.from_pretrained(folder, dtype=self._model.dtype, use_safetensors=True)
-        if self._sums() == self._before:
-            raise ModelError(
-                "the model has learned nothing: no weight changed", fix="check that train.lr is as you meant"
-            )
-        expected, found = self.snapshot(), dict(read.named_parameters())
+        return dict(read.named_parameters())
+
+    def _verify(self, folder: Path) -> None:
+        expected, found = self.snapshot(), self._read(folder)
         wrong = [name for name in expected if name not in found or not torch.equal(expected[name], found[name])]
         if wrong or not all(bool(value.isfinite().all()) for value in expected.values()):
             raise ModelError(

@@ -15,6 +15,7 @@ from qlora_cli.recipe import library
 from qlora_cli.recipe.nodes import Broken, Finding, Scalar, Table, merge, without
 from qlora_cli.recipe.scalars import printable, written
 from qlora_cli.recipe.tree import Parsed, kind, read_file
+from qlora_cli.secrets import redact
 
 MAX_CHAIN = 10
 KEY = "extends"
@@ -77,7 +78,7 @@ def _label(path: Path) -> str:
     """The file's name in messages: as given, or relative when it lies below the working directory."""
     normal = os.path.normpath(path)
     here = str(Path.cwd()) + os.sep
-    return printable(normal.removeprefix(here))
+    return redact(printable(normal.removeprefix(here)))
 
 
 def _parent(links: list[Link], findings: list[Finding]) -> Path | None:

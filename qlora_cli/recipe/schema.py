@@ -125,6 +125,15 @@ class TrainSection(Section):
         "left of them in host memory.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of every random draw.")
+    deterministic: bool = Field(
+        False, description="Ask torch for deterministic kernels alone, some slower; on a CPU every run is so anyway."
+    )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="What a loss or gradient that is not finite does before it touches a weight: end the run, or pass "
+        "over the step.",
+    )
+    nonfinite_budget: PositiveInt = Field(3, description="Steps that `on_nonfinite: skip` may pass over in a run.")
 
 
 class EvalSection(Section):
@@ -141,7 +150,12 @@ class EvalSection(Section):
 class SaveSection(Section):
     """Checkpoints."""
 
-    every: PositiveInt | None = Field(None, description="Steps between checkpoints of the adapter; null: none.")
+    every: PositiveInt | None = Field(None, description="Steps between checkpoints; null: `minutes` alone decides.")
+    minutes: Annotated[float, Field(gt=0)] | None = Field(
+        10,
+        description="Minutes between checkpoints. With `every` or `minutes` the last step is saved too; with neither "
+        "only a signal saves one.",
+    )
     keep_last: Annotated[int, Field(ge=2)] = Field(2, description="Checkpoints kept.")
 
 

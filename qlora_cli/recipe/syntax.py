@@ -51,10 +51,20 @@ def unprintable(text: str, place: PlaceOf) -> Finding | None:
 def explain(error: yaml.YAMLError | ValueError, text: str, place: PlaceOf) -> Finding:
     """A finding for what the parser refused."""
     mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    if (opened := _open_quote(error)) is not None:
+        what = "not YAML: the quote that opens here is never closed"
+        return Finding(place(opened.line, opened.column), what, "all that follows would be its text", "close the quote")
     line, column = (mark.line, mark.column) if mark else (0, 0)
     said = error.problem if isinstance(error, yaml.MarkedYAMLError) else None
     reason, fix = _slip(text.splitlines(), line)
     return Finding(place(line, column), f"not YAML: {said or 'the text cannot be read'}", reason, fix)
+
+
+def _open_quote(error: yaml.YAMLError | ValueError) -> yaml.Mark | None:
+    """Where the quote opens that the text ends in; the parser itself points at the end."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.context != "while scanning a quoted scalar":
+        return None
+    return error.context_mark if error.problem == "found unexpected end of stream" else None
 
 
 def _slip(lines: list[str], line: int) -> tuple[str, str]:

@@ -1,8 +1,8 @@
 """Strict YAML: text to a tree of nodes, with every problem on the way.
 
 Knows the parser's events; nothing of the schema. What YAML lets pass in silence is refused: duplicate keys, anchors
-and aliases, tags, merge keys, keys that are not text, a second document. The invariant: no input raises; what is
-wrong becomes a `Finding`, and a value that was refused becomes `Broken`.
+and aliases, tags, merge keys, keys that are not text, a second document, and secrets, because a run keeps the text. The
+invariant: no input raises; what is wrong becomes a `Finding`, and a value that was refused becomes `Broken`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 import yaml
 
 from qlora_cli.recipe.nodes import Broken, Entry, Finding, Items, Node, Place, Scalar, Table
-from qlora_cli.recipe.scalars import printable, read_plain
+from qlora_cli.recipe.scalars import Value, printable, read_plain
 from qlora_cli.recipe.syntax import explain, unprintable
+from qlora_cli.secrets import could_be_secret, held, names_secret, redact, same_start
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
@@ -57,7 +58,7 @@ def parse_document(text: str, source: str) -> Parsed:
     """The root table of a recipe's text."""
     builder = _Builder(text.removeprefix("\ufeff"), source)
     root = builder.build()
-    findings = builder.findings
+    findings = [*builder.findings, *builder.overlooked()]
     if not findings and (root is None or (isinstance(root, Scalar) and root.value is None)):
         fix = "write at least model.base, data.train and train.steps"
         findings.append(Finding(Place(source, 1, 1), "the recipe is empty", "nothing says what to train", fix))
@@ -108,6 +109,7 @@ class _Builder:
         self._source = source
         self._path = path
         self._depth = 0
+        self._has_told = False
         self._events: Iterator[yaml.Event] = iter(())
 
     def build(self) -> Node | None:
@@ -177,7 +179,27 @@ class _Builder:
         if any("\ud800" <= char <= "\udfff" for char in event.value):  # only the pure parser lets these pass
             self._report(event, path, f"half of a character pair (got {event.value!a})", "it is not Unicode text")
             return Broken(place)
-        return Scalar(place, read_plain(event.value) if is_plain else event.value, is_plain)
+        value = read_plain(event.value) if is_plain else event.value
+        return Broken(place) if self._refused_secret(event, path, value) else Scalar(place, value, is_plain)
+
+    def _refused_secret(self, event: yaml.ScalarEvent, path: tuple[str, ...], value: Value) -> bool:
+        """Whether it is or holds a secret. The value is shown nowhere: what became of a part of one is not known."""
+        what = held(event.value)
+        if not what and path and names_secret(path[-1]) and isinstance(value, str) and could_be_secret(value):
+            what = "what the key's name calls a secret"
+        if what:
+            self._report(event, path, f"a recipe may not hold {what}", _KEPT, _ENVIRONMENT)
+            self._has_told = True
+        return bool(what)
+
+    def overlooked(self) -> list[Finding]:
+        """The first secret that stands in no value: in a comment, or in what is not YAML."""
+        what = "" if self._has_told else held(self._text)
+        if not what:
+            return []
+        before = self._text[: same_start(self._text, redact(self._text))]
+        place = self._at(before.count("\n"), len(before) - before.rfind("\n") - 1)
+        return [Finding(place, f"a recipe may not hold {what}", _KEPT, _ENVIRONMENT)]
 
     def _list(self, event: yaml.NodeEvent, path: tuple[str, ...]) -> Node:
         nodes = []
@@ -231,5 +253,7 @@ class _Builder:
         return Place(self._source) if self._path else Place(self._source, line + 1, column + 1)
 
 
+_KEPT = "a run keeps its recipe as it stands, and hands it on with every adapter"
+_ENVIRONMENT = "remove it; a secret belongs in the environment (HF_TOKEN), a login in `hf auth login`"
 _QUOTE = 'put the value in quotes: "..."'
 _QUOTE_OR_REPEAT = 'repeat the value, or put it in quotes if it is text: "..."'

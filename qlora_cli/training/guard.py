@@ -6,29 +6,26 @@ loss or gradient that is not finite.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from qlora_cli.errors import DeviceMemoryError, NonFiniteError
+from qlora_cli.errors import DeviceMemoryError
 
 MOST_NAMED = 16
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 """How torch's CPU allocator, CUDA and cuBLAS say it where torch has no type of its own."""
 
 
-def check_finite(step: int, loss: float, grad_norm: float, rows: Sequence[str]) -> None:
-    """Raises `NonFiniteError` that names the step and its rows. To be called before the optimizer's step."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    named = ", ".join(rows[:MOST_NAMED]) + (f" and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else "")
-    raise NonFiniteError(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}",
-        why=f"no weight was updated with it; the step's rows were {named}",
-        fix="look at those rows; else lower train.lr, add a warm-up, or set quantization.compute_dtype to float32",
-    )
+def nonfinite(step: int, loss: float, grad_norm: float, bad: Sequence[str], rows: Sequence[str]) -> str:
+    """What is not finite of a step, with the rows whose own loss is `bad`, else all of its rows."""
+    named = f"the loss of {_list(bad)} is not finite" if bad else f"its rows, each finite alone, are {_list(rows)}"
+    return f"step {step}: loss {loss}, gradient norm {grad_norm}; {named}"
+
+
+def _list(rows: Sequence[str]) -> str:
+    return ", ".join(rows[:MOST_NAMED]) + (f" and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else "")
 
 
 @contextmanager

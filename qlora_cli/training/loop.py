@@ -7,6 +7,7 @@ seeded by (seed, step, micro-batch).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ import torch
 
 from qlora_cli.data.batches import Batching, Order
 from qlora_cli.data.encode import Encoded
-from qlora_cli.errors import DeviceMemoryError
+from qlora_cli.errors import DeviceMemoryError, NonFiniteError
 from qlora_cli.model.loss import LossSum
 from qlora_cli.model.ranks import Ranks
 from qlora_cli.recipe.schema import TrainSection
-from qlora_cli.training.guard import check_finite, memory_guard
+from qlora_cli.training.guard import memory_guard, nonfinite
 from qlora_cli.training.optim import lr_at
 
 
@@ -28,7 +29,8 @@ from qlora_cli.training.optim import lr_at
 class StepReport:
     """One optimizer step: `step` counts from 1; `loss` is the mean over its target tokens, before the update;
     `positions` are those that the model computed, padding included. `shrunk` says to which micro-batches the loop went
-    over because memory ran out in this step; None: it did not."""
+    over because memory ran out in this step; None: it did not. `skipped` says why the step changed nothing; empty where
+    it did what a step does."""
 
     step: int
     loss: float
@@ -40,6 +42,7 @@ class StepReport:
     positions: int
     seconds: float
     shrunk: Batching | None = None
+    skipped: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,14 @@ class Job:
     batching: Batching
     total_steps: int
     total_rows: int
+    done: int = 0
+    """Steps that an earlier process did."""
+    skipped: int = 0
+    """Of those, how many were passed over because a number was not finite."""
+    first_total: int | None = None
+    """Steps that the run was to have when it began, where it has been given more since."""
+    raised: tuple[tuple[int, int], ...] = ()
+    """See `lr_at`."""
 
     def step_rows(self, step: int) -> list[Encoded]:
         """The rows of 0-based `step`."""
@@ -62,26 +73,50 @@ class Job:
 
 
 def train_steps(job: Job, train: TrainSection, ranks: Ranks) -> Iterator[StepReport]:
-    """Runs every step and reports each. `NonFiniteError` before a bad update, `DeviceMemoryError` when memory ends even
-    with the smallest micro-batches."""
+    """Runs every step that is not done and reports each. `NonFiniteError` before a bad update that may not be passed
+    over, `DeviceMemoryError` when memory ends even with the smallest micro-batches."""
     job.model.train()
-    batching = job.batching
-    for step in range(job.total_steps):
+    batching, budget = job.batching, train.nonfinite_budget - job.skipped
+    for step in range(job.done, job.total_steps):
         started = time.perf_counter()
         rows = job.step_rows(step)
         targets = sum(row.targets for row in rows)
         total, used = _gradients(job, batching, rows, (train.seed, step), ranks)
         norm = _clip(job.parameters, targets, train.max_grad_norm)
         loss = total / targets
-        check_finite(step + 1, loss, norm, [row.where for row in rows])
-        lr = lr_at(step, job.total_steps, train)
+        lr = lr_at(step, job.first_total or job.total_steps, train, job.raised)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        skipped = "" if finite else nonfinite(step + 1, loss, norm, *_named(job, rows, ranks))
+        if skipped and (train.on_nonfinite == "stop" or budget == 0):
+            raise NonFiniteError(skipped, *_what_then(train))
+        budget -= bool(skipped)
         with memory_guard(f"training, step {step + 1}"):
-            _update(job.optimizer, lr)
+            _update(job.optimizer, None if skipped else lr)
         seconds = time.perf_counter() - started
         shrunk, batching = used if used != batching else None, used
         positions = sum(map(batching.positions, batching.split(rows)))
         counts = (len(rows), sum(map(len, rows)), targets, positions)
-        yield StepReport(step + 1, loss, lr, norm, *counts, seconds, shrunk)
+        yield StepReport(step + 1, loss, lr, norm, *counts, seconds, shrunk, skipped)
+
+
+@torch.no_grad()
+def _named(job: Job, rows: Sequence[Encoded], ranks: Ranks) -> tuple[list[str], list[str]]:
+    """(places of the rows whose loss is not finite by itself, of all)."""
+    bad = []
+    for row in rows:
+        moved = job.batching.collate([row]).to(ranks.device)
+        with ranks.autocast():
+            loss = job.loss(moved.inputs, moved.targets, moved.labels)
+        bad += [] if bool(loss.isfinite()) else [row.where]
+    return bad, [row.where for row in rows]
+
+
+def _what_then(train: TrainSection) -> tuple[str, str]:
+    spent = f"{train.nonfinite_budget} steps were passed over already (train.nonfinite_budget); " * (
+        train.on_nonfinite == "skip"
+    )
+    fix = "look at those rows; else lower train.lr, add a warm-up, or set quantization.compute_dtype to float32"
+    return f"{spent}no weight was updated with it", fix
 
 
 def _gradients(
@@ -149,8 +184,10 @@ def _clip(parameters: Sequence[torch.nn.Parameter], targets: int, max_norm: floa
     return float(norm)
 
 
-def _update(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+def _update(optimizer: torch.optim.Optimizer, lr: float | None) -> None:
+    """The optimizer's step (none without `lr`), after which no gradient is left."""
+    if lr is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -6,11 +6,27 @@ Knows one file. Invariant: every line is a whole JSON object with `kind` and `st
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qlora_cli.files import disk_errors
+from qlora_cli.files import disk_errors, write_text
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Leaves the lines up to `step`: those behind it, and what a killed process wrote of a line, are done anew."""
+    if path.is_file():
+        with disk_errors(path):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if _step_of(line) <= step))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class MetricsFile:

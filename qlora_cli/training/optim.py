@@ -71,15 +71,26 @@ def warmup_steps(train: TrainSection, total: int) -> int:
     return train.warmup_steps or math.ceil(train.warmup_ratio * total)
 
 
-def lr_at(step: int, total: int, train: TrainSection) -> float:
+def lr_at(step: int, total: int, train: TrainSection, raised: Sequence[tuple[int, int]] = ()) -> float:
     """Learning rate of 0-based `step` of `total`. Warm-up rises linearly to the peak at its last step; then it is
     constant, or falls as a line or half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983) towards 0 at `total`.
+
+    `raised` are (step, new total) of each time that the run was resumed there with more steps: from there on the rate
+    falls anew, from the value that it had towards 0 at the new total, so that it never jumps. A warm-up is as long as
+    the first total made it.
     """
     warmup = warmup_steps(train, total)
     if step < warmup:
         return train.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return train.lr * DECAY[train.schedule](progress)
+    start, peak, end = warmup, train.lr, total
+    for at, later in raised:
+        if step < at:
+            break
+        if at > warmup:
+            peak *= DECAY[train.schedule]((at - start) / max(1, end - start))
+            start = at
+        end = later
+    return peak * DECAY[train.schedule]((step - start) / max(1, end - start))
 
 
 DECAY: Mapping[str, Callable[[float], float]] = {

@@ -80,7 +80,7 @@ def largest(job: Job) -> Sequence[Encoded]:
     """The rows of the first among the run's largest micro-batches."""
     best: Sequence[Encoded] = ()
     most = 0
-    for step in range(job.total_steps):
+    for step in range(job.total_steps):  # those done too: a resumed run compiles and allocates as the first did
         places = job.order.step_rows(step, job.total_rows)
         if job.batching.bound([job.order.lengths[i] for i in places]) <= most:
             continue

@@ -101,7 +101,13 @@ class Progress:
 
     def as_json(self) -> dict[str, Any]:
         """See `Event`."""
-        return {"event": "step", "total": self.total, "memory_bytes": self.memory_bytes, **asdict(self.report)}
+        numbers = {key: _finite(value) for key, value in asdict(self.report).items()}
+        return {"event": "step", "total": self.total, "memory_bytes": self.memory_bytes, **numbers}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for a number that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.model.adapter import CONFIG, put_adapter
 from qlora_cli.model.base import is_packed, load_base, load_config, load_tokenizer, stored_quantization
 from qlora_cli.model.device import compute_dtype, find_machine
-from qlora_cli.model.folder import INDEX, BaseFolder, check_manifest, find_base, is_folder
+from qlora_cli.model.folder import INDEX, BaseFolder, check_links, check_manifest, find_base, is_folder
 from qlora_cli.model.record import Record, read_record
 from qlora_cli.recipe.schema import DataSection, ModelSection, QuantizationSection, Recipe
 from qlora_cli.recipe.snapshot import read_resolved
@@ -59,6 +59,7 @@ def adapter_folder(path: Path) -> Path:
         raise ModelError(f"{str(path)[:80]}: no such folder", fix="name a run directory or an adapter folder")
     for folder in (path / "adapter", path):
         if (folder / CONFIG).is_file():
+            check_links(str(folder), folder.iterdir())
             check_manifest(str(folder), folder)
             return folder
     raise ModelError(

@@ -10,6 +10,8 @@ import os
 import sys
 from typing import Any
 
+import torch
+
 from qlora_cli import __version__
 from qlora_cli.cache.entries import Cache
 from qlora_cli.files import sha256
@@ -31,6 +33,7 @@ def lock(ready: Prepared, cache: Cache | None) -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "python": sys.version.split()[0],
         "device": ready.machine.name,
+        "threads": torch.get_num_threads() if ready.machine.device.type == "cpu" else None,
         "compute_dtype": str(ready.dtype).removeprefix("torch."),
         "seed": ready.recipe.train.seed,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),

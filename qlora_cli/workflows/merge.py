@@ -25,7 +25,7 @@ from qlora_cli.export.memory import return_freed_memory
 from qlora_cli.export.merge import Delta, Kind, Merger, deltas, merged_bytes
 from qlora_cli.export.tokens import NewRows, new_rows
 from qlora_cli.export.weights import BaseWeights
-from qlora_cli.files import disk_errors, staged_folder, write_json, write_manifest, write_text
+from qlora_cli.files import check_space, disk_errors, staged_folder, write_json, write_manifest, write_text
 from qlora_cli.model.adapter import parted, read_adapter, token_ids
 from qlora_cli.model.base import GENERATION_CONFIG, load_base
 from qlora_cli.model.folder import BaseFolder, read_json
@@ -37,7 +37,7 @@ from qlora_cli.workflows.locate import MERGED, Loaded, base_folder, load_model, 
 from qlora_cli.workflows.mergeable import Mergeable, check_mergeable, check_settings, default_output, find_adapter
 from qlora_cli.workflows.receipt import LEAST_SURVIVAL, Candidate, Receipt, merged_card
 from qlora_cli.workflows.rows import setting_of
-from qlora_cli.workflows.rundir import check_replaceable, check_space
+from qlora_cli.workflows.rundir import check_replaceable
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Base = Literal["auto", "dequantized", "original", "requantized"]

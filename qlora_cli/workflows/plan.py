@@ -24,6 +24,7 @@ from qlora_cli.model.nf4 import four_bit_layers
 from qlora_cli.model.quantizer import four_bit_skeleton
 from qlora_cli.model.tokens import check_ids, token_layers
 from qlora_cli.recipe.schema import QuantizationSection, Recipe
+from qlora_cli.training.optim import STATE_BYTES
 from qlora_cli.workflows.events import size
 from qlora_cli.workflows.memory import Load, Shape, block_of, load_of, plan_memory, total
 
@@ -152,7 +153,9 @@ def make_plan(recipe: Recipe, shape: Shape, data: TokenData, dtype: torch.dtype,
     compiled = worth_compiling(recipe, tokens, shape.parameters, device) and not why_no_compiler(torch.device(device))
     load = replace(load_of(recipe, data, order, steps, rows), compiled=compiled)
     saved = shape.trainable * (dtype.itemsize if recipe.lora and recipe.lora.dtype == "compute" else 4)
-    checkpoints = recipe.save.keep_last if recipe.save.every else 0
-    disk = {"result": saved + 8_000_000, "checkpoints": saved * checkpoints}
+    saves = bool(recipe.save.every or recipe.save.minutes)
+    checkpoints = (recipe.save.keep_last + 1) * saves  # one more while it saves
+    state = round(STATE_BYTES[recipe.train.optimizer] * shape.trainable) + saved * recipe.eval.keep_best
+    disk = {"result": saved + 8_000_000, "checkpoints": (saved + state + 8_000_000) * checkpoints}
     memory = plan_memory(recipe, shape, load, dtype, device)
     return Plan(shape, recipe.train.gradient_checkpointing, steps, rows, tokens, load, memory, disk)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qlora_cli import __version__
 from qlora_cli.errors import ModelError, Problem
-from qlora_cli.files import disk_errors, staged_folder, write_json, write_manifest, write_text
+from qlora_cli.files import check_space, disk_errors, staged_folder, write_json, write_manifest, write_text
 from qlora_cli.model.adapter import CONFIG, WEIGHTS, learned_something, read_adapter, token_ids
 from qlora_cli.model.lora import scaling_of
 from qlora_cli.recipe.load import load_recipe
@@ -30,7 +30,7 @@ from qlora_cli.workflows.events import Emit, Fact, Saved
 from qlora_cli.workflows.locate import origin_of, tokenizer_of
 from qlora_cli.workflows.merge import MergeOptions
 from qlora_cli.workflows.mergeable import check_settings, default_output, find_adapter
-from qlora_cli.workflows.rundir import check_replaceable, check_space
+from qlora_cli.workflows.rundir import check_replaceable
 
 PORTABLE = "portable.json"
 """Marks a folder that this command wrote."""

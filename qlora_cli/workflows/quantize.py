@@ -17,7 +17,7 @@ from qlora_cli.export.digest import check_digests
 from qlora_cli.export.memory import return_freed_memory
 from qlora_cli.export.quantize import Quantizer, layers_left_out
 from qlora_cli.export.weights import BaseWeights
-from qlora_cli.files import staged_folder, write_json, write_manifest, write_text
+from qlora_cli.files import check_space, staged_folder, write_json, write_manifest, write_text
 from qlora_cli.model.base import is_packed, load_config
 from qlora_cli.model.device import DTYPES, Machine, find_machine
 from qlora_cli.model.folder import BaseFolder, find_base
@@ -30,7 +30,7 @@ from qlora_cli.workflows.plot import check_plot, plot_damage
 from qlora_cli.workflows.prepare import local_rank
 from qlora_cli.workflows.quantize_loss import Measured, Measuring, Rows, read_rows_of
 from qlora_cli.workflows.quantize_text import QuantizeResult, card
-from qlora_cli.workflows.rundir import check_replaceable, check_space
+from qlora_cli.workflows.rundir import check_replaceable
 from qlora_cli.workflows.storage import check_blocks
 
 REPORT = "quantize_report.json"

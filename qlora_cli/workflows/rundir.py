@@ -17,11 +17,18 @@ from typing import Any
 
 from qlora_cli.errors import DiskError, RunDirectoryError
 from qlora_cli.files import disk_errors, unlisted, write_json, write_text
+from qlora_cli.secrets import held, redact
+from qlora_cli.workflows.runlock import NAME as LOCK
+from qlora_cli.workflows.runlock import RunLock, is_held
 
 STATUS = "status.json"
+OTHER_PLACE = "name another run directory with -o DIR"
 
 
 def _check_place(path: Path) -> None:
+    if held(str(path)):
+        fix = f"{OTHER_PLACE}: its name is written into the run's files"
+        raise RunDirectoryError(f"the name of the run directory holds a secret ({path})", fix=fix)
     try:
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     except OSError as error:  # a name too long, say
@@ -58,52 +65,80 @@ def check_replaceable(path: Path, overwrite: bool, mark: str, read: Sequence[Pat
 def check_unused(path: Path) -> None:
     """Raises `RunDirectoryError` unless `path` is new, empty, or left by a run that ended before its first step."""
     _check_place(path)
-    if path.is_dir() and any(path.iterdir()) and not _never_began(path):
-        raise RunDirectoryError(
-            f"{path} is not empty",
-            why="a run never overwrites what another left",
-            fix=f"name another run directory with -o DIR, or move {path} away",
-        )
+    if is_held(path):
+        RunLock(path).release()  # says by whom
+    _check_free(path)
+
+
+def _check_free(path: Path) -> None:
+    if _is_empty(path) or _never_began(path):
+        return
+    going_on = f"go on with that run: add --resume; or {OTHER_PLACE}" if (path / STATUS).is_file() else OTHER_PLACE
+    raise RunDirectoryError(f"{path} is not empty", why="a run never overwrites what another left", fix=going_on)
+
+
+def check_run(path: Path) -> bool:
+    """Whether there is a run in `path` to go on with; False where it is new or empty. Raises `RunDirectoryError` where
+    something else is there."""
+    _check_place(path)
+    if _is_empty(path):
+        return False
+    if not (path / STATUS).is_file():
+        raise RunDirectoryError(f"{path} is no run directory", why=f"it has no {STATUS}", fix=OTHER_PLACE)
+    return True
+
+
+def _is_empty(path: Path) -> bool:
+    return not path.is_dir() or all(child.name == LOCK for child in path.iterdir())
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """What a run's status.json says; nothing where it cannot be read."""
+    try:
+        found = json.loads((path / STATUS).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
 
 
 def _never_began(path: Path) -> bool:
-    try:
-        status = json.loads((path / STATUS).read_text(encoding="utf-8"))
-        return bool(status["state"] in ("failed", "interrupted") and status["step"] == 0)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def check_space(path: Path, needed: int) -> None:
-    """Raises `DiskError` when fewer than `needed` bytes are free where `path` will be."""
-    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise DiskError(
-            f"{path}: the run will write {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there",
-            fix="free space, or choose another place with -o DIR",
-        )
+    status = read_status(path)
+    return status.get("state") in {"failed", "interrupted"} and status.get("step") == 0
 
 
 class RunDirectory:
-    """An open run directory; with `writes` False (processes other than the first) every method does nothing."""
+    """An open and locked run directory; with `writes` False (processes other than the first) every method does nothing.
+    `resumes`: there may be a run in it already. `left` says whose lock was taken over, empty if nobody's."""
 
-    def __init__(self, path: Path, total_steps: int, writes: bool) -> None:
-        self.path = path
-        self._writes = writes
-        self._status: dict[str, Any] = {"state": "starting", "step": 0, "total_steps": total_steps, "reason": ""}
-        self._status |= {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
+    def __init__(self, path: Path, writes: bool, resumes: bool = False) -> None:
+        self.path, self._writes, self.left = path, writes, ""
+        self._status: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
+        self._lock: RunLock | None = None
         if writes:
-            check_unused(path)
+            if not resumes:
+                check_unused(path)
             with disk_errors(path):
                 path.mkdir(parents=True, exist_ok=True)
-            self.status("starting", 0)
+            self._lock = RunLock(path)
+            self.left = self._lock.left
+            if not resumes:
+                _check_free(path)  # once more, now that nobody else writes there
+            self._clean()
 
-    def status(self, state: str, step: int | None = None, reason: str = "") -> None:
-        """Records the run's state: starting, running, finished, interrupted or failed."""
-        self._status |= {"state": state, "reason": reason, "updated": time.time()}
-        if step is not None:
-            self._status["step"] = step
+    def _clean(self) -> None:
+        """Removes what a killed process left half-written."""
+        for path in self.path.glob(".tmp-*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def close(self) -> None:
+        """Gives the directory free for others."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def status(self, state: str, reason: str = "", **facts: Any) -> None:
+        """Records the run's state (starting, running, finished, interrupted or failed), and facts that stay."""
+        self._status |= {"state": state, "reason": redact(reason), "updated": time.time(), **facts}
         if self._writes:
             write_json(self.path / STATUS, self._status)
 
@@ -117,11 +152,17 @@ class RunDirectory:
         if self._writes:
             write_json(self.path / name, value)
 
+    def append(self, name: str, value: Any) -> None:
+        """Appends a JSON value as a line."""
+        if self._writes:
+            with disk_errors(self.path), (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(value) + "\n")
+
     def log(self, line: str) -> None:
         """Appends a line to train.log."""
         if self._writes:
             with disk_errors(self.path), (self.path / "train.log").open("a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redact(line)}\n")
 
     @property
     def metrics_path(self) -> Path | None:

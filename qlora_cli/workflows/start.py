@@ -38,7 +38,7 @@ def start(model: Any, trained: Trained, ready: Prepared, ranks: Ranks, tell: Emi
         engine = plain_engine(model) if plain else build_engine(model, trained.adapters(), wanted)
     engine = replace(engine, packs=not ranks.any(not engine.packs))  # all processes divide a step's rows alike
     _tell_engine(engine, recipe, tell)
-    parameters = trained.parameters()
+    parameters = list(trained.named().values())
     job = Job(
         model=model,
         loss=engine.loss,

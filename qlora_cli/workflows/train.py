@@ -8,55 +8,43 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora_cli.errors import NonFiniteError, QloraError, RunDirectoryError
-from qlora_cli.evaluation.perplexity import EvalResult
+from qlora_cli.errors import QloraError, RunDirectoryError
+from qlora_cli.files import check_space
 from qlora_cli.model.base import load_base, report, set_checkpointing
-from qlora_cli.model.device import peak_memory
+from qlora_cli.model.device import make_deterministic
 from qlora_cli.model.ranks import Ranks
 from qlora_cli.model.trained import Trained, TrainedAdapter, TrainedModel
 from qlora_cli.recipe.load import LoadedRecipe
 from qlora_cli.recipe.snapshot import resolved_yaml
 from qlora_cli.training.best import Best
-from qlora_cli.training.checkpoint import save_checkpoint
+from qlora_cli.training.checkpoint import Checkpoints
 from qlora_cli.training.guard import memory_guard
-from qlora_cli.training.loop import StepReport, train_steps
-from qlora_cli.training.metrics import MetricsFile
+from qlora_cli.training.metrics import cut_metrics
 from qlora_cli.workflows.card import Outcome, beside
-from qlora_cli.workflows.events import Emit, Evaluated, Event, Fact, Notice, Progress, Saved, Stage, eval_json, size
+from qlora_cli.workflows.changes import Change
+from qlora_cli.workflows.events import Emit, Event, Fact, Notice, Progress, Saved, Stage, size
 from qlora_cli.workflows.fits import Watch, score
 from qlora_cli.workflows.locate import cache_of
 from qlora_cli.workflows.lock import lock
 from qlora_cli.workflows.plan import Plan
 from qlora_cli.workflows.prepare import Prepared, local_rank, parts, prepare, weights_dtype
-from qlora_cli.workflows.rundir import RunDirectory, check_space, check_unused
-from qlora_cli.workflows.start import Evaluation, start
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished run: its directory, the folder with what was trained, and what it reached."""
-
-    run: Path
-    artifact: Path
-    steps: int
-    train_loss: float
-    held_out: EvalResult | None
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        held = eval_json(self.held_out) if self.held_out else None
-        values = {"run": str(self.run), "artifact": str(self.artifact), "steps": self.steps}
-        return {"event": "result", **values, "train_loss": self.train_loss, "held_out": held}
+from qlora_cli.workflows.result import TrainResult, finished
+from qlora_cli.workflows.resume import LOCK, RESOLVED, Resumed, find_changes, find_checkpoint, resumed
+from qlora_cli.workflows.rundir import RunDirectory, check_run, check_unused
+from qlora_cli.workflows.standing import Standing
+from qlora_cli.workflows.start import start
+from qlora_cli.workflows.steps import Steps
 
 
 def run_directory(loaded: LoadedRecipe, output: Path | None) -> Path:
@@ -77,10 +65,14 @@ def plan_train(loaded: LoadedRecipe, output: Path | None, emit: Emit) -> Plan:
     return plan
 
 
-def run_train(loaded: LoadedRecipe, output: Path | None, emit: Emit) -> TrainResult:
-    """Trains. Raises `QloraError` for everything that a user or machine can cause."""
-    path = run_directory(loaded, output)
-    if local_rank() == 0:
+def run_train(
+    loaded: LoadedRecipe, output: Path | None, emit: Emit, resume: bool = False, allowed: Sequence[str] = ()
+) -> TrainResult:
+    """Trains; with `resume` goes on with the run that is in its directory, if there is one, whatever differs under a
+    key of `allowed`. Raises `QloraError` for everything that a user or machine can cause, and `SystemExit` where a
+    signal ended the run, saved."""
+    path, first = run_directory(loaded, output), local_rank() == 0
+    if first and not (resume and check_run(path)):
         check_unused(path)
     early: list[Event] = []  # told before there is a log to write them to
 
@@ -88,17 +80,26 @@ def run_train(loaded: LoadedRecipe, output: Path | None, emit: Emit) -> TrainRes
         early.append(event)
         emit(event)
 
+    make_deterministic(loaded.recipe.train.deterministic)
     ready = prepare(loaded, weights=True, emit=tell)
     mixed = ready.dtype if ready.recipe.lora is None and ready.dtype != torch.float32 else None
     ranks = Ranks(ready.machine.device, mixed)
     if ranks.is_main:
         check_space(path, ready.plan.disk_bytes)
     ranks.wait()
-    directory = RunDirectory(path, ready.plan.steps, ranks.is_main)
-    for event in early:
-        directory.log(event.line())
-    with _recorded(directory):
-        return _Run(loaded, ready, ranks, directory, emit).train()
+    directory = RunDirectory(path, ranks.is_main, resume)
+    try:
+        run = _Run(loaded, ready, ranks, directory, emit)
+        done = run.go_on(allowed, tell) if resume else None
+        if done is not None:
+            return done
+        for event in early:
+            directory.log(event.line())
+        directory.status("starting", step=run.at.step, total_steps=run.total)
+        with _recorded(directory):
+            return run.train()
+    finally:
+        directory.close()
 
 
 @contextmanager
@@ -106,9 +107,10 @@ def _recorded(directory: RunDirectory) -> Iterator[None]:
     """Records in status.json how a run ended that did not finish."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as end:
         directory.log("interrupted")
-        directory.status("interrupted", reason="interrupted by a signal")
+        code = end.code if isinstance(end, SystemExit) and type(end.code) is int else 128 + signal.SIGINT
+        directory.status("interrupted", reason=f"interrupted by {signal.Signals(code - 128).name}")
         raise
     except QloraError as error:
         directory.log(f"error: {error}")
@@ -141,14 +143,14 @@ class _Run:
     def __init__(
         self, loaded: LoadedRecipe, ready: Prepared, ranks: Ranks, directory: RunDirectory, emit: Emit
     ) -> None:
-        self.loaded, self.ready, self.ranks, self.directory = loaded, ready, ranks, directory
+        self.ready, self.ranks, self.directory = ready, ranks, directory
         self.recipe, self.total = ready.recipe, ready.plan.steps
-        self.resolved = resolved_yaml(_as_run(loaded, directory.path, ready))
+        self.loaded = _as_run(loaded, directory.path, ready)
+        self.resolved = resolved_yaml(self.loaded)
         self._emit = emit
-        self.best = Best(self.recipe.eval.patience)
-        self.measured: tuple[int, EvalResult] | None = None
-        self.kept: tuple[int, EvalResult, dict[str, torch.Tensor]] | None = None
-        self.first_seconds = self.later_seconds = 0.0
+        self.at = Standing(Best(self.recipe.eval.patience))
+        self.resumed: Resumed | None = None
+        self.kept = Checkpoints(directory.path / "checkpoints", self.recipe.save.keep_last)
         self.failure: QloraError | None = None
 
     def tell(self, event: Event) -> None:
@@ -157,15 +159,39 @@ class _Run:
             self.directory.log(event.line())
         self._emit(event)
 
+    def go_on(self, allowed: Sequence[str], tell: Emit) -> TrainResult | None:
+        """Finds where the run in the directory goes on. Returns its result where there is nothing left to do."""
+        path, main = self.directory.path, self.ranks.is_main
+        if self.directory.left:
+            tell(Notice(f"{path} was in use by {self.directory.left}, which ended without saying so; taken over"))
+        changes: tuple[Change, ...] | None = ()
+        if main:
+            self.lock = lock(self.ready, cache_of(self.recipe.quantization, tell))
+            changes = find_changes(path, self.loaded.recipe, self.lock, allowed)
+            if changes is not None and (done := finished(path, self.total)) is not None:
+                tell(Notice(f"{path} is finished: nothing is left to do"))
+                return done
+        found = find_checkpoint(path / "checkpoints", self.kept if main else None, tell)
+        if found is None or changes is None:
+            tell(Notice(f"{path} holds no checkpoint: the run starts at its beginning"))
+            return None
+        self.resumed = resumed(found, changes, self.recipe, self.ready.plan)
+        self.at = self.resumed.standing(self.recipe.eval.patience)
+        tell(Notice(f"going on after step {found.step}, from {found.path}"))
+        for change in changes:
+            tell(Notice(f"otherwise than before: {change.line()}"))
+        return None
+
     def train(self) -> TrainResult:
         """Everything after the preparation."""
         self._record_inputs()
         model, trained = self._load()
-        last = self._loop(model, trained)
-        if self.kept is not None and self.kept[0] != last.step:
-            trained.restore(self.kept[2])
-            self.tell(Notice(f"keeping the values of step {self.kept[0]}, which had the lowest held-out loss"))
-        result = self._finish(trained, last)
+        self._loop(model, trained)
+        best = self.at.kept
+        if best is not None and best.step != self.at.step:
+            trained.restore(self.at.kept_values)
+            self.tell(Notice(f"keeping the values of step {best.step}, which had the lowest held-out loss"))
+        result = self._finish(trained)
         if self.failure is not None:
             self.tell(Notice(f"what was trained is saved in {result.artifact}, though the last evaluation failed"))
             raise self.failure
@@ -173,14 +199,21 @@ class _Run:
 
     def _record_inputs(self) -> None:
         directory, ready = self.directory, self.ready
-        directory.text("recipe.yaml", self.loaded.text)
-        directory.text("resolved.yaml", self.resolved)
+        if self.ranks.is_main and self.resumed is None:
+            self.lock = lock(ready, cache_of(ready.recipe.quantization, self.tell))
+        if self.loaded.path.name != RESOLVED:  # then the run goes on by its own record of what was written there
+            directory.text("recipe.yaml", self.loaded.text)
+        directory.text(RESOLVED, self.resolved)
         directory.json("data_receipt.json", ready.data.receipt.as_json())
         lost = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ready.data.lost_rows())
         directory.text("data_rows.jsonl", lost)
         directory.json("plan.json", ready.plan.as_json())
         if self.ranks.is_main:
-            directory.json("lock.json", lock(ready, cache_of(ready.recipe.quantization, self.tell)))
+            directory.json(LOCK, self.lock)
+        if directory.metrics_path:
+            cut_metrics(directory.metrics_path, self.at.step)
+        if self.resumed is not None:
+            directory.append("resumes.jsonl", self.resumed.as_json())
 
     def _load(self) -> tuple[Any, Trained]:
         ready, recipe = self.ready, self.recipe
@@ -206,90 +239,29 @@ class _Run:
         total = size(held.four_bit_bytes + held.other_bytes)
         self.tell(Fact("loaded", f"{counts}, {total} in all, {seconds:.1f} s"))
 
-    def _loop(self, model: Any, trained: Trained) -> StepReport:
-        recipe = self.recipe
+    def _loop(self, model: Any, trained: Trained) -> None:
         job, evaluation = start(model, trained, self.ready, self.ranks, self.tell)
-        self.directory.status("running", 0)
-        with MetricsFile(self.directory.metrics_path) as metrics:
-            for step_report in train_steps(job, recipe.train, self.ranks):
-                self._after_step(step_report, metrics)
-                if self._evaluate_if_due(evaluation, trained, step_report.step, metrics):
-                    self.tell(Notice(f"stopped early: no lower held-out loss in {recipe.eval.patience} evaluations"))
-                    break
-                self._checkpoint_if_due(trained, step_report)
-        return step_report
+        if self.resumed is not None:
+            job = self.resumed.restore(job, trained, self.at)
+        self.directory.status("running", step=self.at.step)
+        place = (self.ready, self.resolved, self.ranks, self.directory, self.kept)
+        steps = Steps(*place, self.at, self.tell, job, trained, evaluation)
+        steps.run()
+        self.failure = steps.failure
 
-    def _after_step(self, step: StepReport, metrics: MetricsFile) -> None:
-        if step.step == 1:  # which also warms caches up, and so says little of the others
-            self.first_seconds = step.seconds
-        else:
-            self.later_seconds += step.seconds
-        if step.shrunk:
-            self.tell(Notice(f"memory ran out in step {step.step}; it was done again with {step.shrunk.line()}"))
-        logged = step.step % self.recipe.log.every == 0 or step.step in (1, self.total)
-        pace = self.later_seconds / (step.step - 1) if step.step > 1 else self.first_seconds
-        eta = pace * (self.total - step.step)
-        progress = Progress(step, self.total, peak_memory(self.ranks.device), eta, logged)
-        self.tell(progress)
-        if logged:
-            metrics.write("step", progress.as_json())
-            self.directory.status("running", step.step)
-
-    def _evaluate_if_due(self, evaluation: Evaluation, trained: Trained, step: int, metrics: MetricsFile) -> bool:
-        """Evaluates when `eval.every` or the end says so; returns whether to stop early."""
-        section, rows = self.recipe.eval, self.ready.data.held_out
-        due = step == self.total or (section.every is not None and step % section.every == 0)
-        if not rows or not due:
-            return False
-        self.tell(Stage(f"evaluating on {len(rows):,} held-out rows"))
-        try:
-            result = self._evaluate(evaluation)
-        except QloraError as error:
-            if step < self.total:
-                raise
-            self.failure = error  # what was trained is saved first; see `train`
-            return False
-        better = self.best.update(step, result.loss)
-        self.measured = (step, result)
-        if better and section.keep_best:
-            self.kept = (step, result, trained.snapshot())
-        event = Evaluated(step, result, better)
-        self.tell(event)
-        metrics.write("eval", event.as_json())
-        return self.best.exhausted and step < self.total
-
-    def _evaluate(self, evaluation: Evaluation) -> EvalResult:
-        with memory_guard("evaluating"):
-            result = evaluation()
-        if not math.isfinite(result.loss):
-            raise NonFiniteError(
-                f"the held-out loss is {result.loss}", fix="set quantization.compute_dtype to bfloat16 or float32"
-            )
-        return result
-
-    def _checkpoint_if_due(self, trained: Trained, step: StepReport) -> None:
-        every = self.recipe.save.every
-        if every is None or step.step % every or step.step == self.total or not self.ranks.is_main:
-            return
-        outcome = Outcome(step.step, step.loss, self._measured_at(step.step))
-        extras = beside(self.ready, self.resolved, outcome)
-        folder = self.directory.path / "checkpoints"
-        self.tell(Saved("checkpoint", save_checkpoint(folder, step.step, trained, extras, self.recipe.save.keep_last)))
-
-    def _measured_at(self, step: int) -> EvalResult | None:
-        return self.measured[1] if self.measured and self.measured[0] == step else None
-
-    def _finish(self, trained: Trained, last: StepReport) -> TrainResult:
-        kept = self.kept[0] if self.kept else last.step
-        held = self.kept[1] if self.kept else self._measured_at(last.step)
+    def _finish(self, trained: Trained) -> TrainResult:
+        at = self.at
+        step, held = (at.kept.step, at.kept.result) if at.kept else (at.step, at.measured_at(at.step))
         artifact = self.directory.path / trained.kind
+        loss = math.nan if at.loss is None else at.loss
+        result = TrainResult(self.directory.path, artifact, at.step, loss, held)
         if self.ranks.is_main:
-            trained.save(artifact, beside(self.ready, self.resolved, Outcome(kept, last.loss, held)))
-            self.directory.status("finished", last.step)
+            trained.save(artifact, beside(self.ready, self.resolved, Outcome(step, loss, held)))
+            self.directory.status("finished", step=at.step, result=result.as_json())
         self.ranks.wait()
         self.tell(Saved(trained.kind, artifact))
         self._tell_memory()
-        return TrainResult(self.directory.path, artifact, last.step, last.loss, held)
+        return result
 
     def _tell_memory(self) -> None:
         plan, measured = self.ready.plan, self.watch.growth()

@@ -7,10 +7,11 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qlora_cli.cache.hashes import Hashes, _facts
+from qlora_cli.cache.hashes import Hashes, _facts, sealed
 from qlora_cli.files import sample_hash
 
 LATER = 10**11
@@ -31,7 +32,14 @@ def digest(data: bytes) -> str:
 def poisoned(hashes: Hashes) -> None:
     """Puts a mark in place of what is remembered, by which its use is seen."""
     known = json.loads(hashes.memory.read_text())
-    hashes.memory.write_text(json.dumps({place: {**facts, "sha256": "remembered"} for place, facts in known.items()}))
+    hashes.memory.write_text(
+        json.dumps({place: resealed(place, {**facts, "sha256": "remembered"}) for place, facts in known.items()})
+    )
+
+
+def resealed(place: str, record: dict[str, Any]) -> dict[str, Any]:
+    """A record that was changed, as if it had been written so."""
+    return sealed(place, {key: value for key, value in record.items() if key != "seal"})
 
 
 @pytest.mark.usefixtures("settled")
@@ -67,7 +75,7 @@ def test_samples_tell_a_change_that_left_every_time_as_it_was(tmp_path: Path) ->
     known = json.loads(hashes.memory.read_text())
     file.write_bytes(b"a" * 4999 + b"b")
     facts = {key: value for key, value in _facts(file).items() if key != "samples"}
-    hashes.memory.write_text(json.dumps({str(file): {**known[str(file)], **facts}}))
+    hashes.memory.write_text(json.dumps({str(file): resealed(str(file), {**known[str(file)], **facts})}))
     assert hashes.sha256(file) == digest(b"a" * 4999 + b"b")
 
 
@@ -110,3 +118,17 @@ def test_a_memory_that_cannot_be_written_is_no_obstacle_and_files_that_are_gone_
     file.unlink()
     hashes.of([other])
     assert list(json.loads(hashes.memory.read_text())) == [str(other)]
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_flipped_bit_in_the_memory_never_gives_a_wrong_hash(tmp_path: Path) -> None:
+    file, hashes = tmp_path / "file", Hashes(tmp_path / "hashes.json")
+    file.write_bytes(b"content")
+    hashes.sha256(file)
+    whole = hashes.memory.read_bytes()
+    assert len(whole) > 300
+    for place in range(0, len(whole), 3):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place // 3 % 8
+        hashes.memory.write_bytes(changed)
+        assert hashes.sha256(file) == digest(b"content")

@@ -67,6 +67,7 @@ def test_help_names_what_exists_and_nothing_else(capsys: pytest.CaptureFixture[s
         "eval",
         "merge",
         "quantize",
+        "show",
         "chat",
     ]
 

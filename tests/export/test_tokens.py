@@ -44,7 +44,7 @@ def trained(folder: Any, dtype: torch.dtype) -> tuple[Any, TrainedAdapter]:
     found = TrainedAdapter(model, LORA, folder.name, dtype, 0, IDS)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in found.parameters():
+        for parameter in found.named().values():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     return model, found
 

@@ -169,7 +169,7 @@ def test_the_chunked_loss_trains_rows_as_the_models_own_forward_does(
     bases: Bases, name: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     found = trained(bases(name), MIXED, dtype)
-    model, parts, parameters = model_of(found), batch(MIXED), found.parameters()
+    model, parts, parameters = model_of(found), batch(MIXED), list(found.named().values())
     assert found.rows is not None
     assert len(parameters) == 2 * len(found.adapters()) + (1 if TIED[name] else 2)
     assert isinstance(chunked_loss(model, *parts), ChunkedLoss)
@@ -206,7 +206,7 @@ def test_rows_begin_as_the_mean_and_no_frozen_row_changes_while_they_are_trained
         mean = before[layer].double().mean(0)
         assert (rows.detach().double() - mean).abs().max() < 1e-6
     loss, parts = ChunkedLoss(model), batch(MIXED)
-    optimizer = torch.optim.AdamW(found.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(found.named().values(), lr=1e-2)
     first = loss(*parts)
     for _ in range(3):
         optimizer.zero_grad()
@@ -275,7 +275,7 @@ def test_a_snapshot_brings_rows_back(bases: Bases) -> None:
     found = trained(bases("llama"), GROWN)
     expected, kept = logits(model_of(found)), found.snapshot()
     with torch.no_grad():
-        for parameter in found.parameters():
+        for parameter in found.named().values():
             parameter.zero_()
     assert not torch.equal(logits(model_of(found)), expected)
     found.restore(kept)
@@ -401,9 +401,9 @@ def test_a_model_of_which_every_weight_is_trained_is_saved_with_its_new_rows(
     rows = model.get_input_embeddings().weight[list(MIXED)]
     assert torch.allclose(rows, frozen.mean(0).expand(2, -1), atol=1e-6)
     loss = plain_loss(model, *batch(MIXED))
-    torch.optim.SGD(found.parameters(), lr=0.1).zero_grad()
+    torch.optim.SGD(found.named().values(), lr=0.1).zero_grad()
     loss.backward()
-    torch.optim.SGD(found.parameters(), lr=0.1).step()
+    torch.optim.SGD(found.named().values(), lr=0.1).step()
     found.save(tmp_path / "model", lambda staging: None)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert again.config.vocab_size == 129

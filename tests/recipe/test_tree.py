@@ -113,7 +113,9 @@ def test_what_yaml_lets_pass_is_refused_at_its_place(text: str, expected: str) -
         ("lr:5\nseed: 6\n", "r:2:5", "a key's colon must be followed by a space"),
         ("a: b: c\n", "r:1:5", "a value that holds a colon and a space looks like a second key"),
         ("a: @b\n", "r:1:4", "a value may not begin with @, ` or %"),
-        ("a: 'b\n", "r:2:1", "the parser stopped here; the cause is often one line above"),
+        ("a: [b\n", "r:2:1", "the parser stopped here; the cause is often one line above"),
+        ("c: 1\na: 'b\nd: 2\n", "r:2:4", "all that follows would be its text"),
+        ('a: {b: "c}\n', "r:1:8", "all that follows would be its text"),
     ],
 )
 def test_text_that_is_not_yaml_is_one_problem_with_a_likely_reason(text: str, place: str, reason: str) -> None:

@@ -16,7 +16,7 @@ from qlora_cli.model.engine import build_engine, plain_engine
 from qlora_cli.model.ranks import Ranks
 from qlora_cli.recipe.schema import TrainSection
 from qlora_cli.training.best import Best
-from qlora_cli.training.guard import check_finite, memory_guard
+from qlora_cli.training.guard import memory_guard
 from qlora_cli.training.loop import Job, StepReport, _clip, train_steps
 from qlora_cli.training.optim import build_optimizer
 from tests.model.test_lora import adapted
@@ -118,18 +118,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_any_update_and_names
     with torch.no_grad():
         first.lora_a[0, 0] = torch.inf
     before = [p.detach().clone() for p in job.parameters]
-    with pytest.raises(NonFiniteError, match=r"step 1: loss nan.*(\n.*)*rows\.jsonl:1"):
+    with pytest.raises(NonFiniteError, match=r"step 1: loss nan.*rows\.jsonl:1, rows"):
         list(train_steps(job, section, Ranks(CPU)))
     assert all(torch.equal(a, b) for a, b in zip(before, job.parameters, strict=True))
-
-
-@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf")), (-float("inf"), 1.0)])
-def test_every_kind_of_non_finite_number_stops(loss: float, norm: float) -> None:
-    with pytest.raises(NonFiniteError) as caught:
-        check_finite(7, loss, norm, ["a.jsonl:3"])
-    assert "step 7" in str(caught.value)
-    assert "a.jsonl:3" in str(caught.value)
-    check_finite(7, 1.0, 1.0, ["a.jsonl:3"])
 
 
 def test_running_out_of_memory_becomes_an_error_with_a_way_out() -> None:

@@ -81,3 +81,41 @@ def test_a_paged_optimizer_on_a_cpu_says_that_it_does_not_page() -> None:
     assert "nothing pages" in paging_note(section(optimizer="paged_adamw_8bit"), CPU)
     assert paging_note(section(optimizer="adamw_8bit"), CPU) == ""
     assert paging_note(section(optimizer="paged_adamw_8bit"), torch.device("cuda", 0)) == ""
+
+
+@pytest.mark.parametrize(
+    ("schedule", "raised", "expected"),
+    [
+        ("constant", [(2, 6)], [1, 1, 1, 1, 1, 1]),
+        ("linear", [(2, 6)], [1, 0.75, 0.5, 0.375, 0.25, 0.125]),
+        ("linear", [(2, 6), (4, 8)], [1, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625]),
+        ("cosine", [(2, 6)], [1, 0.853553, 0.5, 0.426777, 0.25, 0.073223]),
+        ("linear", [(2, 3)], [1, 0.75, 0.5]),
+        ("linear", [(4, 6)], [1, 0.75, 0.5, 0.25, 0, 0]),
+    ],
+)
+def test_a_raised_number_of_steps_lets_the_rate_fall_from_where_it_was(
+    schedule: str, raised: list[tuple[int, int]], expected: list[float]
+) -> None:
+    train = section(schedule=schedule)
+    assert [lr_at(step, 4, train, raised) for step in range(len(expected))] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_warm_up_keeps_its_length_when_steps_are_raised_in_it() -> None:
+    train = section(schedule="linear", warmup_ratio=0.5)
+    assert [lr_at(step, 8, train, [(2, 12)]) for step in range(6)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.875])
+
+
+@given(
+    total=st.integers(2, 60),
+    at=st.integers(1, 60),
+    more=st.integers(1, 60),
+    schedule=st.sampled_from(["constant_with_warmup", "linear", "cosine"]),
+)
+def test_the_rate_never_jumps_where_steps_were_raised(total: int, at: int, more: int, schedule: str) -> None:
+    train, at = section(schedule=schedule, warmup_ratio=0.1), min(at, total)
+    raised = [(at, total + more)]
+    warmup = warmup_steps(train, total)
+    assert lr_at(at, total, train, raised) == pytest.approx(lr_at(at, total, train), abs=1e-12) or at < warmup
+    rates = [lr_at(step, total, train, raised) for step in range(max(at, warmup), total + more)]
+    assert rates == sorted(rates, reverse=True)

@@ -25,5 +25,7 @@ def test_hashes_of_the_base_are_those_that_the_cache_remembers(
     assert first == lock(ready, None)["base_sha256"] and {"config.json", "model.safetensors"} <= first.keys()
     known = json.loads(cache.hashes.memory.read_text())
     assert len(known) == len(first)
-    cache.hashes.memory.write_text(json.dumps({place: facts | {"sha256": "known"} for place, facts in known.items()}))
+    assert all(facts.pop("seal") for facts in known.values())
+    marked = {place: hashes.sealed(place, facts | {"sha256": "known"}) for place, facts in known.items()}
+    cache.hashes.memory.write_text(json.dumps(marked))
     assert lock(ready, cache)["base_sha256"] == dict.fromkeys(first, "known")

@@ -66,7 +66,7 @@ def rewrite(adapter: Path, base: Path, recipe: Recipe) -> None:
     trained = TrainedAdapter(model, recipe.lora, str(base), torch.float32, 0, IDS)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in trained.parameters():
+        for parameter in trained.named().values():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     old = adapter.with_name("old")
     adapter.rename(old)

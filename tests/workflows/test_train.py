@@ -17,7 +17,9 @@ from tests.conftest import RECIPE, chat_rows, make_llama
 
 Recipe = Callable[..., Path]
 FILES = {
+    ".lock",
     "adapter",
+    "checkpoints",
     "data_receipt.json",
     "data_rows.jsonl",
     "lock.json",
@@ -157,10 +159,10 @@ def test_the_best_values_are_kept_and_patience_ends_the_run(recipe_file: Recipe,
 
 def test_checkpoints_are_verified_adapters_of_which_the_newest_stay(recipe_file: Recipe, tmp_path: Path) -> None:
     run = train(recipe_file(), tmp_path / "run", "-s", "save.every=1")
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000005", "step-000006"]
     state = json.loads((run / "checkpoints/step-000005/state.json").read_text())
-    assert state == {"step": 5}
-    assert main(["eval", str(run), "--adapter", str(run / "checkpoints/step-000004"), "-q"]) == 0
+    assert (state["step"], state["total_steps"]) == (5, 6)
+    assert main(["eval", str(run), "--adapter", str(run / "checkpoints/step-000005"), "-q"]) == 0
 
 
 def test_epochs_draw_every_row_that_often(recipe_file: Recipe, tmp_path: Path) -> None:
