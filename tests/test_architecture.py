@@ -171,7 +171,7 @@ def test_no_other_file_touches_the_standard_streams() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and node.attr in {"stdout", "stderr", "stdin"}
     }
-    assert touching == {"cli/console.py"}
+    assert touching == {"cli/console.py", "cli/clean.py"}  # the latter stands between stderr and what libraries say
 
 
 def _calls() -> Iterator[tuple[str, ast.Call]]:

@@ -1,8 +1,7 @@
 """Lives of one run are killed at random instants, and the run is resumed until it has finished.
 
-A kill comes from outside after a random time, from outside a random time after a save began, or in the middle of a
-rotation or of the end: there the life ends itself by SIGKILL ahead of one of the file operations that follow the rename
-to `.trash-*`, or the first step towards the result. What a kill hit is read from what it left on the disk, so that the
+A kill comes from outside after a random time, or a random time after a save began; or the life ends itself by SIGKILL
+ahead of a random one of the file operations of a save, of a rotation, or of the result. What a kill hit is read from what it left on the disk, so that the
 shares cannot flatter. Invariant: after each kill every folder under a final name is whole, no checkpoint was lost, and
 each run ends with the adapter and the losses of the one that nobody killed.
 """
@@ -25,11 +24,17 @@ from battery import common
 from battery.common import Failures, Life
 
 TITLE = "random SIGKILL"
-AIMS = {"any": 0.25, "save": 0.4, "rotation": 0.25, "result": 0.1}
+AIMS = (*["any"] * 4, *["save"] * 4, *["saving"] * 5, *["rotation"] * 5, *["result"] * 2)
+"""Of 20 kills: after a random time, some time after a save began, and ahead of a file operation of a save, a rotation, or
+the result."""
 LEAST = {"save": 0.15, "rotation": 0.10}
 """Share of kills that must have hit a save, and a rotation."""
-ROTATION, RESULT = 12, 50
-"""File operations: of a rotation, and from the first of the result to the end of a run, about."""
+OPERATIONS = {
+    "saving": ("os.mkdir", "/.tmp-step-", 45),
+    "rotation": ("os.rename", "/.trash-step-", 12),
+    "result": ("os.mkdir", "/.tmp-adapter-", 50),
+}
+"""With which file operation each begins, and how many follow, at least; with the result up to the end of the run."""
 
 
 @dataclass
@@ -42,6 +47,7 @@ class Tally:
     lives: int = 0
     runs: int = 0
     lost: int = 0
+    deck: list[str] = field(default_factory=list)
     broken: int = 0
     failures: Failures = field(default_factory=list)
 
@@ -50,12 +56,19 @@ class Tally:
         """So far."""
         return sum(self.hit.values())
 
+    def aim(self) -> str:
+        """Of the next kill; the same until it has hit."""
+        while len(self.deck) <= self.kills:
+            self.deck += self.rng.sample(AIMS, len(AIMS))
+        return self.deck[self.kills]
+
 
 def run(full: bool, work: Path, seed: int) -> dict[str, Any]:
     """100 kills in full, else 20."""
     tally = Tally(common.draws(seed, "kills"), 100 if full else 20)
     tiny = common.build(work)
-    recipe = tiny.recipe(work / "kills.yaml", {"lora.dropout": 0.1, "data.eval_split": 4, "eval.every": 6})
+    changes = {"train.steps": 24 if full else 12, "lora.dropout": 0.1, "data.eval_split": 4, "eval.every": 6}
+    recipe = tiny.recipe(work / "kills.yaml", changes)
     started = time.monotonic()
     reference = common.finished(recipe, work / "reference", "-q")
     duration = time.monotonic() - started
@@ -104,17 +117,13 @@ def begin(
     options = ("-q", *resume)
     if tally.kills >= tally.wanted:
         return common.train(recipe, run, *options), lambda: None
-    aim = tally.rng.choices(list(AIMS), list(AIMS.values()))[0]
+    aim = tally.aim()
     if aim == "any":
         seconds = tally.rng.uniform(0, duration)
         life = common.train(recipe, run, *options)
         return life, lambda: kill_after(life, seconds)
-    if aim == "rotation":
-        before = dies_after("os.rename", "/.trash-step-", tally.rng.randint(1, 3), tally.rng.randint(1, ROTATION))
-        return common.train(recipe, run, *options, before=before), lambda: None
-    if aim == "result":
-        before = dies_after("os.mkdir", "/.tmp-adapter-", 1, tally.rng.randint(1, RESULT))
-        return common.train(recipe, run, *options, before=before), lambda: None
+    if aim in OPERATIONS:
+        return common.train(recipe, run, *options, before=dies_in(aim, tally.rng)), lambda: None
     return begin_save(tally.rng, recipe, run, options)
 
 
@@ -146,32 +155,38 @@ def kill_after(life: Life, seconds: float) -> None:
 
 def tells_of_save(writer: int, wanted: int) -> Callable[[str, str], None]:
     """Writes a byte when the save number `wanted` begins."""
-    seen = 0
+    seen = set[str]()
 
     def tell(event: str, path: str) -> None:
-        nonlocal seen
-        if event == "os.mkdir" and "/.tmp-step-" in path:
-            seen += 1
-            if seen == wanted:
+        if event == "os.mkdir" and "/.tmp-step-" in path and path not in seen:
+            seen.add(path)
+            if len(seen) == wanted:
                 os.write(writer, b"s")
 
     return tell
 
 
-def dies_after(event: str, sign: str, wanted: int, operations: int) -> common.Before:
-    """Dies ahead of the file operation number `operations` after the `event` number `wanted` on a path with `sign`."""
-    seen = done = 0
+def dies_in(aim: str, rng: random.Random) -> common.Before:
+    """Dies ahead of a random file operation of one of the first saves or rotations, or of the result."""
+    begin, sign, most = OPERATIONS[aim]
+    return common.on_files(dies_after(begin, sign, 1 if aim == "result" else rng.randint(1, 3), rng.randint(1, most)))
 
-    def tell(happening: str, path: str) -> None:
-        nonlocal seen, done
-        if seen == wanted:
+
+def dies_after(begin: str, sign: str, wanted: int, operations: int) -> Callable[[str, str], None]:
+    """Dies ahead of the operation number `operations` after the `begin` of the path number `wanted` that has `sign`."""
+    seen = set[str]()
+    done = 0
+
+    def tell(event: str, path: str) -> None:
+        nonlocal done
+        if len(seen) == wanted:
             done += 1
             if done == operations:
                 os.kill(os.getpid(), signal.SIGKILL)
-        elif happening == event and sign in path:
-            seen += 1
+        elif event == begin and sign in path:
+            seen.add(path)
 
-    return common.on_files(tell)
+    return tell
 
 
 def what_was_hit(new: set[str]) -> str:

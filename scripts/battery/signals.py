@@ -23,7 +23,7 @@ from battery import common
 from battery.common import Failures, Life
 
 TITLE = "signals at random instants"
-STEPS = 40
+STEPS = 30
 CADENCE = 5
 """Of the runs that a second signal ends, which need an earlier checkpoint to fall back on."""
 DEAF = 60.0
