@@ -32,12 +32,19 @@ LEAST = {"kills": 20, "resumes": 12, "signals": 7, "disk": 2, "races": 3, "nonfi
 """Cases of the fast part; of `disk`, where no tmpfs can be mounted."""
 
 
+MEMORY = Path("/dev/shm")  # a process that dies takes nothing along that it has written, there or on a disk
+
+
+def has_room(folder: Path) -> bool:
+    """Whether a gigabyte can be written there."""
+    return os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 1 << 30
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What the fast part of each check that breaks runs has found."""
     names = [part for name in BREAKS_RUNS for part in ("--only", name)]
-    memory = Path("/dev/shm")  # a process that dies takes nothing along that it has written, there or on a disk
-    work = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else tmp_path_factory.mktemp("runs")))
+    work = Path(tempfile.mkdtemp(dir=MEMORY if has_room(MEMORY) else tmp_path_factory.mktemp("runs")))
     command = [sys.executable, str(SCRIPT), "--json", "--work", str(work / "work"), *names]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=800)
@@ -193,12 +200,21 @@ def test_a_file_written_to_after_its_fsync_is_found() -> None:
     assert fsyncs.out_of_order(late, RUN / "step-000003") == ["step-000003/a was not synced after it was written"]
 
 
-def test_a_rotation_before_the_newer_checkpoint_is_safe_is_found() -> None:
-    trash = [Call("rename", f"{RUN}/step-00000{i}", f"{RUN}/.trash-step-00000{i}") for i in (1, 2)]
-    assert fsyncs.hasty_rotations([*GOOD, *trash]) == []
-    assert fsyncs.hasty_rotations([*GOOD[:-1], trash[0], GOOD[-1], trash[1]]) == [
-        "step-000001 was given up before the newer one was safe"
+def saved(*numbers: int) -> list[Call]:
+    """The last two calls of a save, for each of these steps."""
+    return [
+        call for i in numbers for call in (Call("rename", f"/t{i}", f"{RUN}/step-{i:06d}"), Call("fsync", str(RUN)))
     ]
+
+
+def test_a_rotation_before_the_newer_checkpoint_is_safe_is_found() -> None:
+    trash = [Call("rename", f"{RUN}/step-{i:06d}", f"{RUN}/.trash-step-{i:06d}") for i in (1, 2)]
+    assert fsyncs.hasty_rotations([*saved(1, 2, 3), trash[0], *saved(4), trash[1]]) == []
+    said = ["step-000001 was given up before a newer one was safe"]
+    assert fsyncs.hasty_rotations([*saved(1, 2), trash[0], *saved(3, 4), trash[1]]) == said
+    unsynced = [*saved(1, 2, 3)[:-1], trash[0], saved(3)[-1], *saved(4), trash[1]]
+    assert fsyncs.hasty_rotations(unsynced) == said
+    assert fsyncs.hasty_rotations(saved(1, 2, 3, 4)) == ["0 checkpoints were given up, not 2"]
 
 
 @pytest.mark.parametrize(

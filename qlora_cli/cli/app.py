@@ -90,7 +90,7 @@ def train(
     quiet_libraries()
     console = Console(as_json, quiet)
     if dry_run:
-        plan = plan_train(loaded, output, console)
+        plan = plan_train(loaded, output, console, resume)
         console.result(plan.line(), {"event": "result", **plan.as_json()})
         return
     with console:

@@ -90,7 +90,7 @@ def find_checkpoint(folder: Path, kept: Checkpoints | None, tell: Emit) -> Check
         newest, broken = kept.newest()
     else:
         found = checkpoints(folder)
-        newest, broken = next((each for each in reversed(found) if not each.problem), None), []
+        newest, broken = next((each for each in reversed(found) if not each.problem), None), list[Checkpoint]()
     for each in broken:
         tell(Notice(f"{each.path} is broken and passed over: {each.problem}"))
     if newest is None and broken:

@@ -52,14 +52,18 @@ def run_directory(loaded: LoadedRecipe, output: Path | None) -> Path:
     return output or Path(loaded.recipe.output or Path("out") / loaded.path.stem)
 
 
-def plan_train(loaded: LoadedRecipe, output: Path | None, emit: Emit) -> Plan:
+def plan_train(loaded: LoadedRecipe, output: Path | None, emit: Emit, resume: bool = False) -> Plan:
     """`--dry-run`: everything up to the plan, without reading or downloading a weight, and without writing."""
     path = run_directory(loaded, output)
+    if resume and check_run(path):
+        found = find_checkpoint(path / "checkpoints", None, emit)
+        emit(Notice(f"the run would go on {f'after step {found.step}' if found else 'at its beginning'}"))
     plan = prepare(loaded, weights=False, emit=emit).plan
     check_space(path, plan.disk_bytes)
     emit(Fact("disk", f"about {size(plan.disk_bytes)} in {path} ({parts(plan.disk)}), estimated"))
     try:
-        check_unused(path)
+        if not resume:
+            check_unused(path)
     except RunDirectoryError as error:
         emit(Notice(f"{error.problems[0].what}: the run itself would be refused; name another directory with -o DIR"))
     return plan

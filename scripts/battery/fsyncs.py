@@ -23,7 +23,7 @@ from battery.common import Before, Failures
 
 TITLE = "order of fsync and rename"
 CALLS = "write,pwrite64,writev,ftruncate,fsync,fdatasync,rename,renameat,renameat2"
-STEPS = 4
+STEPS, KEPT = 4, 2
 _ON_FILE = re.compile(r"(?:write|pwrite64|writev|ftruncate|fsync|fdatasync)\(\d+<([^>]*)>")
 _RENAME = re.compile(r'rename(?:at2?)?\((?:[^"]*)"([^"]*)",[^"]*"([^"]*)"')
 
@@ -143,14 +143,16 @@ def last_touched(calls: Sequence[Call]) -> tuple[dict[str, int], dict[str, int]]
 
 
 def hasty_rotations(calls: Sequence[Call]) -> Failures:
-    """Checkpoints that were renamed for deletion before a newer one stood, its parent synced."""
-    wrong, trashed, safe = [], 0, False
+    """Checkpoints that were renamed for deletion before enough newer ones stood, their parent synced."""
+    wrong, trashed, named, safe = list[str](), 0, 0, 0
     for call in calls:
         if call.kind == "rename" and "/.trash-" in call.target:
             trashed += 1
-            wrong += [] if safe else [f"{Path(call.path).name} was given up before the newer one was safe"]
+            wrong += (
+                [] if safe - trashed >= KEPT else [f"{Path(call.path).name} was given up before a newer one was safe"]
+            )
         elif call.kind == "rename" and Path(call.target).name.startswith("step-"):
-            safe = False
+            named += 1
         elif call.kind == "fsync" and call.path.endswith("/checkpoints"):
-            safe = True
-    return wrong + ([] if trashed == STEPS - 2 else [f"{trashed} checkpoints were given up instead of {STEPS - 2}"])
+            safe = named
+    return wrong + ([] if trashed == STEPS - KEPT else [f"{trashed} checkpoints were given up, not {STEPS - KEPT}"])

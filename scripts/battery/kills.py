@@ -1,9 +1,9 @@
 """Lives of one run are killed at random instants, and the run is resumed until it has finished.
 
 A kill comes from outside after a random time, or a random time after a save began; or the life ends itself by SIGKILL
-ahead of a random one of the file operations of a save, of a rotation, or of the result. What a kill hit is read from what it left on the disk, so that the
-shares cannot flatter. Invariant: after each kill every folder under a final name is whole, no checkpoint was lost, and
-each run ends with the adapter and the losses of the one that nobody killed.
+ahead of a random one of the file operations of a save, of a rotation, or of the result. What a kill hit is read from
+what it left on the disk, so that the shares cannot flatter. Invariant: after each kill every folder under a final name
+is whole, no checkpoint was lost, and each run ends with the adapter and the losses of the one that nobody killed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from battery.common import Failures, Life
 
 TITLE = "random SIGKILL"
 AIMS = (*["any"] * 4, *["save"] * 4, *["saving"] * 5, *["rotation"] * 5, *["result"] * 2)
-"""Of 20 kills: after a random time, some time after a save began, and ahead of a file operation of a save, a rotation, or
+"""Of 20 kills: after a random time, some time after a save began, ahead of a file operation of a save, a rotation, or
 the result."""
+MISSES = 6
+"""Runs that end before what was aimed at comes: by then it never does."""
 LEAST = {"save": 0.15, "rotation": 0.10}
 """Share of kills that must have hit a save, and a rotation."""
 OPERATIONS = {
@@ -47,6 +49,7 @@ class Tally:
     lives: int = 0
     runs: int = 0
     lost: int = 0
+    missed: int = 0
     deck: list[str] = field(default_factory=list)
     broken: int = 0
     failures: Failures = field(default_factory=list)
@@ -97,6 +100,7 @@ def one_run(tally: Tally, recipe: Path, run: Path, reference: Path, duration: fl
         tally.lives += 1
         if code != -signal.SIGKILL:
             break
+        tally.missed = 0
         tally.hit[what_was_hit(common.leftovers(run) - before[2])] += 1
         judge(tally, run, before[0], before[1], life)
         if tally.failures:
@@ -106,7 +110,9 @@ def one_run(tally: Tally, recipe: Path, run: Path, reference: Path, duration: fl
         tally.lost += 1
         tally.failures.append(f"{run.name}: exit {code} after {tally.kills} kills: {life.said()[-500:]}")
     else:
+        tally.missed += 1
         tally.failures += common.differences(run, reference)
+        tally.failures += [f"{tally.aim()}: nothing of that to hit in {MISSES} runs"] if tally.missed == MISSES else []
         shutil.rmtree(run)
 
 

@@ -5,11 +5,14 @@ Knows the source text and the tests. Invariant: a mutant counts as caught only i
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,17 +237,17 @@ def passes(place: Path, tests: Sequence[str], mutant: Mutant | None = None) -> b
             raise ValueError(f"{mutant.file} holds {text.count(mutant.old)} times what {mutant.name!r} changes")
         file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += [f"tests/{test}" for test in tests]
+    process = subprocess.Popen(
+        command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
-        ended = subprocess.run(
-            [*command, *(f"tests/{test}" for test in tests)],
-            cwd=place,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+        said, _ = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         return False
-    if ended.returncode not in {0, 1}:
-        raise ValueError(f"{tests} could not be run: {ended.stdout[-500:]}{ended.stderr[-500:]}")
-    return ended.returncode == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a mutant may leave processes that nobody ends
+    if process.returncode not in {0, 1}:
+        raise ValueError(f"{tests} could not be run: {said[-1000:]}")
+    return process.returncode == 0

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from battery import common
-from battery.common import Failures, Life
+from battery.common import Before, Failures, Life
 
 TITLE = "signals at random instants"
 STEPS = 30
@@ -115,9 +115,9 @@ def reach(life: Life, run: Path, step: int) -> None:
         time.sleep(0.002)
 
 
-def at_random(bench: Bench, recipe: Path, run: Path) -> tuple[Life, int]:
+def at_random(bench: Bench, recipe: Path, run: Path, before: Before | None = None) -> tuple[Life, int]:
     """A life at a random instant of its training, and the last step that it had logged shortly before."""
-    life = common.train(recipe, run, "-q")
+    life = common.train(recipe, run, "-q", before=before)
     reach(life, run, bench.rng.randint(1, STEPS - 15))
     time.sleep(bench.rng.uniform(0, 0.03))
     return life, common.last_measured(run)
@@ -168,12 +168,24 @@ def asking(bench: Bench, number: signal.Signals, group: bool) -> Failures:
     return wrong + common.differences(run, bench.reference)
 
 
+def drags_on(sent: Path) -> Callable[[str, str], None]:
+    """Makes a save slow, as a bad disk would, once the file `sent` is there."""
+
+    def tell(event: str, path: str) -> None:
+        if event == "os.mkdir" and "/.tmp-step-" in path and sent.exists():
+            time.sleep(3 * AT_ONCE)
+
+    return tell
+
+
 def twice(bench: Bench, number: signal.Signals, group: bool) -> Failures:
-    """The second one ends it within a second, and every checkpoint that stands is whole."""
+    """While the first one's save drags on, the second ends it within a second, and what stands is whole."""
     run = bench.run()
-    life, before = at_random(bench, bench.often, run)
+    sent = run.with_suffix(".sent")
+    life, before = at_random(bench, bench.often, run, common.on_files(drags_on(sent)))
+    sent.touch()
     life.signal(number, group)
-    time.sleep(bench.rng.uniform(0, 0.02))
+    time.sleep(bench.rng.uniform(0, 0.5))
     started = time.monotonic()
     if life.poll() is None:
         life.signal(number, group)

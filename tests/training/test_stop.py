@@ -76,9 +76,13 @@ with Stop(lambda text: None) as stop:
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "heard\n"
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == -signal.SIGINT
-    process.stdout.close()
+    with process.stdout as said:
+        try:
+            assert said.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            assert said.readline() == "heard\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == -signal.SIGINT
+        finally:
+            process.kill()
+            process.wait()

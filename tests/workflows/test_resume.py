@@ -64,7 +64,16 @@ CASES: dict[str, tuple[str, ...]] = {
         *("-s", "train.packing=false", "-s", "train.group_by_length=true"),
         *("-s", "train.optimizer=paged_adamw_32bit", "-s", "lora.dropout=0.1"),
     ),
-    "best kept": ("-s", "eval.every=1", "-s", "eval.keep_best=true", "-s", "train.lr=0.3"),
+    "best kept": (
+        "-s",
+        "eval.every=1",
+        "-s",
+        "eval.keep_best=true",
+        "-s",
+        "data.eval_split=null",
+        "-s",
+        "train.lr=0.1",
+    ),
     "patience": ("-s", "eval.every=1", "-s", "eval.patience=2", "-s", "train.lr=0.3", "-s", "train.steps=30"),
     "16 bits, epochs": ("-s", "lora.dtype=compute", "-s", "train.steps=null", "-s", "train.epochs=1.3"),
 }
@@ -74,11 +83,16 @@ CASES: dict[str, tuple[str, ...]] = {
 def test_a_run_resumed_at_any_step_ends_as_the_one_that_never_stopped(
     recipe_file: Recipe, tmp_path: Path, name: str
 ) -> None:
-    recipe, flags = recipe_file(), (*SAVING, *CASES[name])
+    recipe, flags = recipe_file(), [*SAVING, *CASES[name]]
+    if name == "best kept":  # what is held out becomes less and less likely with what is learned
+        asked = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "zzzzzzzz"}]}]
+        flags += ["-s", f"data.eval={write_jsonl(tmp_path / 'eval.jsonl', asked)}"]
     assert train(recipe, tmp_path / "whole", *flags) == 0
     whole = learned(tmp_path / "whole")
     saved = sorted(int(path.name[-6:]) for path in (tmp_path / "whole/checkpoints").iterdir())
     assert saved == list(range(1, saved[-1] + 1)) and len(saved) >= 4
+    kept = json.loads((tmp_path / f"whole/checkpoints/step-{saved[-1]:06}/state.json").read_text())["kept"]
+    assert (kept["step"] < saved[-1] - 1) if name == "best kept" else kept is None
     for step in (1, saved[len(saved) // 2], saved[-1]):
         run = cut(tmp_path / "whole", step, tmp_path / f"from-{step}")
         assert main(["train", str(run), "--resume", "-q"]) == 0
@@ -346,3 +360,16 @@ def test_a_run_that_another_process_works_in_is_not_resumed(recipe_file: Recipe,
     assert train(recipe, run, "--resume") == 10
     assert f"in use by process {os.getpid()} on" in capsys.readouterr().err
     lock.release()
+
+
+def test_a_dry_run_says_where_the_run_would_go_on_and_changes_nothing(
+    recipe_file: Recipe, tmp_path: Path, capsys: Any
+) -> None:
+    recipe = recipe_file()
+    assert train(recipe, tmp_path / "whole", *SAVING) == 0
+    run = cut(tmp_path / "whole", 3, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["train", str(run), "--resume", "--dry-run"]) == 0
+    assert "note: the run would go on after step 3" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
