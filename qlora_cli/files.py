@@ -54,6 +54,18 @@ def check_space(path: Path, needed: int, what: str = "the run") -> None:
         )
 
 
+def bytes_below(folder: Path) -> int:
+    """Size of all files in a folder, and in those in it."""
+    return sum(map(_file_size, folder.rglob("*")))
+
+
+def _file_size(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except FileNotFoundError:  # removed meanwhile
+        return 0
+
+
 def _free_bytes(path: Path) -> str:
     for folder in (path, *path.parents):
         if folder.is_dir():

@@ -26,9 +26,9 @@ Named = Mapping[str, torch.nn.Parameter]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, Tensor]:
-    """Every state as `PARAMETER:STATE`, copied to the CPU; numbers (bitsandbytes' count of steps) as int64 []."""
-    states = _states(optimizer, named)
-    return {key: torch.as_tensor(state[name]).detach().cpu().clone() for key, state, name in states}
+    """Every state as `PARAMETER:STATE`, on the CPU; numbers (bitsandbytes' count of steps) as int64 []. What is there
+    already is not copied: the next step changes it."""
+    return {key: torch.as_tensor(state[name]).detach().cpu() for key, state, name in _states(optimizer, named)}
 
 
 @torch.no_grad()

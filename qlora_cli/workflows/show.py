@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import ModelError
-from qlora_cli.files import MANIFEST, is_folder, manifest_problems
+from qlora_cli.files import MANIFEST, bytes_below, is_folder, manifest_problems
 from qlora_cli.workflows.curve import Point
 from qlora_cli.workflows.run_files import Values, finite, number, plain, read_lines, state_of, status_of, whole
 from qlora_cli.workflows.rundir import STATUS
@@ -170,7 +170,7 @@ def _checkpoints(folder: Path, problems: list[str]) -> tuple[Kept, ...]:
     from qlora_cli.training.checkpoint import BROKEN, checkpoints
 
     try:
-        found = [Kept(each.path, each.step, _size(each.path), each.problem) for each in checkpoints(folder)]
+        found = [Kept(each.path, each.step, bytes_below(each.path), each.problem) for each in checkpoints(folder)]
         aside = [path.name for path in folder.glob(f"step-*{BROKEN}*")] if folder.is_dir() else []
     except OSError as error:
         problems.append(f"{CHECKPOINTS} cannot be read: {error}")
@@ -185,16 +185,4 @@ def _result(run: Path) -> Kept | None:
     if folder is None:
         return None
     missing = [] if (folder / MANIFEST).is_file() else [f"{MANIFEST} is missing"]
-    return Kept(folder, None, _size(folder), "; ".join([*missing, *manifest_problems(folder)]))
-
-
-def _size(folder: Path) -> int:
-    """Bytes of its files."""
-    return sum(map(_file_size, folder.rglob("*")))
-
-
-def _file_size(path: Path) -> int:
-    try:
-        return path.stat().st_size if path.is_file() else 0
-    except FileNotFoundError:  # removed meanwhile
-        return 0
+    return Kept(folder, None, bytes_below(folder), "; ".join([*missing, *manifest_problems(folder)]))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from qlora_cli.errors import QloraError, RunDirectoryError
-from qlora_cli.files import check_space
+from qlora_cli.files import bytes_below, check_space
 from qlora_cli.model.base import load_base, report, set_checkpointing
 from qlora_cli.model.device import make_deterministic
 from qlora_cli.model.ranks import Ranks
@@ -89,7 +89,7 @@ def run_train(
     mixed = ready.dtype if ready.recipe.lora is None and ready.dtype != torch.float32 else None
     ranks = Ranks(ready.machine.device, mixed)
     if ranks.is_main:
-        check_space(path, ready.plan.disk_bytes)
+        check_space(path, ready.plan.disk_bytes - bytes_below(path / "checkpoints"))  # they make way for later ones
     ranks.wait()
     directory = RunDirectory(path, ranks.is_main, resume)
     try:
