@@ -274,10 +274,17 @@ def damage(folder: Path, wanted: Sequence[str] = SAVED) -> Failures:
 
 
 def measured(run: Path) -> list[tuple[str, int, float]]:
-    """(kind, step, loss) of every line of metrics.jsonl."""
+    """(kind, step, loss) of every line of metrics.jsonl; a line that is no JSON is of no kind."""
     path = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = [_line(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     return [(line["kind"], line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def _line(text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except ValueError:
+        return {"kind": "", "step": 0, "loss": 0.0}
 
 
 def last_measured(run: Path) -> int:
