@@ -57,6 +57,18 @@ def cut(run: Path, step: int, target: Path) -> Path:
     return target
 
 
+def half(recipe_file: Recipe, tmp_path: Path) -> tuple[Path, Path]:
+    """(a recipe, a run of it that was killed after its third step); the whole run is beside it."""
+    recipe = recipe_file()
+    assert train(recipe, tmp_path / "whole", *SAVING) == 0
+    return recipe, cut(tmp_path / "whole", 3, tmp_path / "run")
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    """Of every file."""
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 CASES: dict[str, tuple[str, ...]] = {
     "packed, dropout": ("-s", "lora.dropout=0.1", "-s", "train.micro_batch_size=1"),
     "padded, 8-bit": ("-s", "train.packing=false", "-s", "train.optimizer=adamw_8bit", "-s", "lora.r=64"),
@@ -188,10 +200,8 @@ def test_with_all_checkpoints_broken_the_run_is_left_as_it_is(recipe_file: Recip
 def test_what_differs_is_listed_and_refused_and_nothing_changes(
     recipe_file: Recipe, tmp_path: Path, capsys: Any, flags: tuple[str, ...], code: int, said: str
 ) -> None:
-    recipe = recipe_file()
-    assert train(recipe, tmp_path / "whole", *SAVING) == 0
-    run = cut(tmp_path / "whole", 3, tmp_path / "run")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    recipe, run = half(recipe_file, tmp_path)
+    before = contents(run)
     capsys.readouterr()
     overrides = [word for flag in flags for word in ("-s", flag)]
     assert train(recipe, run, "--resume", *SAVING, *overrides) == code
@@ -199,7 +209,7 @@ def test_what_differs_is_listed_and_refused_and_nothing_changes(
     assert said in error and f"--allow-change {flags[-1].split('=')[0]}" in error
     assert error.count("error: ") == len(flags)
     (run / ".lock").write_bytes(before[run / ".lock"])
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert contents(run) == before
 
 
 def test_other_rows_and_another_base_are_refused_by_what_they_are(
@@ -224,9 +234,7 @@ def test_other_rows_and_another_base_are_refused_by_what_they_are(
 def test_other_versions_are_refused_unless_allowed_and_that_is_recorded(
     recipe_file: Recipe, tmp_path: Path, capsys: Any
 ) -> None:
-    recipe = recipe_file()
-    assert train(recipe, tmp_path / "whole", *SAVING) == 0
-    run = cut(tmp_path / "whole", 3, tmp_path / "run")
+    recipe, run = half(recipe_file, tmp_path)
     lock = json.loads((run / "lock.json").read_text())
     now = lock["versions"]["torch"]
     lock["versions"]["torch"] = "2.0"
@@ -365,11 +373,9 @@ def test_a_run_that_another_process_works_in_is_not_resumed(recipe_file: Recipe,
 def test_a_dry_run_says_where_the_run_would_go_on_and_changes_nothing(
     recipe_file: Recipe, tmp_path: Path, capsys: Any
 ) -> None:
-    recipe = recipe_file()
-    assert train(recipe, tmp_path / "whole", *SAVING) == 0
-    run = cut(tmp_path / "whole", 3, tmp_path / "run")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    recipe, run = half(recipe_file, tmp_path)
+    before = contents(run)
     capsys.readouterr()
     assert main(["train", str(run), "--resume", "--dry-run"]) == 0
     assert "note: the run would go on after step 3" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert contents(run) == before
