@@ -373,7 +373,7 @@ def test_a_run_that_another_process_works_in_is_not_resumed(recipe_file: Recipe,
 def test_a_dry_run_says_where_the_run_would_go_on_and_changes_nothing(
     recipe_file: Recipe, tmp_path: Path, capsys: Any
 ) -> None:
-    recipe, run = half(recipe_file, tmp_path)
+    _, run = half(recipe_file, tmp_path)
     before = contents(run)
     capsys.readouterr()
     assert main(["train", str(run), "--resume", "--dry-run"]) == 0
