@@ -18,6 +18,7 @@ from qlora_cli.errors import ModelError, RecipeError
 from qlora_cli.model.trained import Trained
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.snapshot import read_resolved
+from qlora_cli.secrets import redacted
 from qlora_cli.training.checkpoint import Checkpoint, Checkpoints, State, checkpoints, load_state
 from qlora_cli.training.loop import Job
 from qlora_cli.training.optim import lr_at
@@ -74,7 +75,7 @@ def find_changes(path: Path, recipe: Recipe, lock: dict[str, Any], allowed: Sequ
         return None
     try:
         before = json.loads((path / LOCK).read_text(encoding="utf-8"))
-        lock = json.loads(json.dumps(lock))
+        lock = redacted(json.loads(json.dumps(lock)))  # as it would be read
         changes = [*recipe_changes(read_resolved(path / RESOLVED), recipe), *lock_changes(before, lock)]
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         fix = "take it from a copy, or train again in another directory"

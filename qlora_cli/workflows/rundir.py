@@ -17,7 +17,7 @@ from typing import Any
 
 from qlora_cli.errors import DiskError, RunDirectoryError
 from qlora_cli.files import disk_errors, unlisted, write_json, write_text
-from qlora_cli.secrets import held, redact
+from qlora_cli.secrets import held, redact, redacted
 from qlora_cli.workflows.runlock import NAME as LOCK
 from qlora_cli.workflows.runlock import RunLock, is_held
 
@@ -138,25 +138,24 @@ class RunDirectory:
 
     def status(self, state: str, reason: str = "", **facts: Any) -> None:
         """Records the run's state (starting, running, finished, interrupted or failed), and facts that stay."""
-        self._status |= {"state": state, "reason": redact(reason), "updated": time.time(), **facts}
-        if self._writes:
-            write_json(self.path / STATUS, self._status)
+        self._status |= {"state": state, "reason": reason, "updated": time.time(), **facts}
+        self.json(STATUS, self._status)
 
     def text(self, name: str, text: str) -> None:
-        """Writes a text file."""
+        """Writes a text file, without secrets."""
         if self._writes:
-            write_text(self.path / name, text)
+            write_text(self.path / name, redact(text))
 
     def json(self, name: str, value: Any) -> None:
-        """Writes a JSON file."""
+        """Writes a JSON file, without secrets."""
         if self._writes:
-            write_json(self.path / name, value)
+            write_json(self.path / name, redacted(value))
 
     def append(self, name: str, value: Any) -> None:
         """Appends a JSON value as a line."""
         if self._writes:
             with disk_errors(self.path), (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(value) + "\n")
+                file.write(json.dumps(redacted(value)) + "\n")
 
     def log(self, line: str) -> None:
         """Appends a line to train.log."""

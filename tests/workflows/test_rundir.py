@@ -122,6 +122,22 @@ def test_files_are_written_and_the_log_grows(tmp_path: Path) -> None:
     assert directory.metrics_path == directory.path / "metrics.jsonl"
 
 
+def test_no_file_of_a_run_holds_a_secret_nor_does_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "s3cr3t-of-the-environment"
+    monkeypatch.setenv("OTHER_API_KEY", secret)
+    directory = RunDirectory(tmp_path / "run", writes=True)
+    directory.text("data_rows.jsonl", f'{{"file": "{secret}.jsonl"}}\n')
+    directory.json("lock.json", {"data": {f"/rows/{secret}": "0"}})
+    directory.append("resumes.jsonl", {"now": secret})
+    directory.status("failed", reason=f"no such file: {secret}", result={"artifact": secret})
+    directory.log(secret)
+    directory.close()
+    found = contents(directory.path)
+    assert len(found) == 6 and all(secret.encode() not in each for each in found.values())
+    with pytest.raises(RunDirectoryError, match=r"the name of the run directory holds a secret"):
+        check_unused(tmp_path / secret)
+
+
 def test_a_process_that_does_not_write_writes_nothing_and_refuses_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     directory = RunDirectory(tmp_path, writes=False)
