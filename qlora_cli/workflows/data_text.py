@@ -11,8 +11,8 @@ from typing import Any
 from qlora_cli.data.receipt import LABELS, DataReceipt, SourceReceipt, SplitReceipt
 from qlora_cli.workflows.data import Cleared, Preview
 from qlora_cli.workflows.events import size
-from qlora_cli.workflows.quantize_text import table
 from qlora_cli.workflows.seen import SeenRow
+from qlora_cli.workflows.tables import table
 
 
 def receipt_text(receipt: DataReceipt) -> str:

@@ -5,7 +5,7 @@ Knows figures. Invariant: all three are made of the same result.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from qlora_cli.export.damage import Damage
 from qlora_cli.recipe.schema import QuantizationSection
 from qlora_cli.workflows.events import size
 from qlora_cli.workflows.quantize_loss import Measured
+from qlora_cli.workflows.tables import table
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,6 @@ class QuantizeResult:
             f"(relative error over {self.damage[self.shown].limit:.5f}). To leave them in {self.dtype}:\n"
             f"  {options}\n  quantization.skip_modules: [{', '.join(names)}]"
         )
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
 def card(result: QuantizeResult) -> str:

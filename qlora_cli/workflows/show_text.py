@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 from qlora_cli.workflows.curve import curve
 from qlora_cli.workflows.events import duration, size
-from qlora_cli.workflows.quantize_text import table
 from qlora_cli.workflows.run_files import AT_WORK, DIED, UNKNOWN, Values, number
 from qlora_cli.workflows.show import Kept, Series, ShowResult
+from qlora_cli.workflows.tables import table
 
 SHOWN_RESUMES = 5
 
