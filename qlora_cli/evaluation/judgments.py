@@ -245,7 +245,7 @@ def _unpaired(model: str, question: str, pair: Sequence[Scored | None]) -> Probl
 
 
 def percent_of_baseline(pairs: Sequence[BothOrders], seed: int = 0) -> list[Percent]:
-    """Total score as percent of the baseline's, best model first, as the table of scores of Dettmers et al. 2023 (QLoRA,
+    """Total score as percent of the baseline's, best model first, as Dettmers et al. 2023 give theirs (QLoRA,
     arXiv:2305.14314); the interval is that of a bootstrap over questions (Efron and Tibshirani 1993, percentile
     method, 10,000 resamples), each drawn with both of its orders and all its judges."""
     models = sorted({pair.model for pair in pairs})
