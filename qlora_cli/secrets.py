@@ -21,7 +21,7 @@ alone are a secret, and not a word or a date."""
 # A special token of a tokenizer is none; what says where one lies (HF_TOKEN_PATH) ends otherwise.
 _NAMES = re.compile(
     r"(?:(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!stop_)token|(?:api|access|secret|private"
-    r"|auth)[_-]?key|secret|passw(?:or)?d|passphrase|credentials?|_pass|_pwd)\Z",
+    r"|auth|judge)[_-]?key|secret|passw(?:or)?d|passphrase|credentials?|_pass|_pwd)\Z",
     re.IGNORECASE,
 )
 _START, _END = r"(?<![A-Za-z0-9])", r"(?![A-Za-z0-9])"

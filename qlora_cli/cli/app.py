@@ -18,6 +18,7 @@ from qlora_cli import __version__
 from qlora_cli.cli.clean import clean_stderr
 from qlora_cli.cli.data import data
 from qlora_cli.cli.elo import elo
+from qlora_cli.cli.judge import judge
 from qlora_cli.cli.merge import merge
 from qlora_cli.cli.options import Adapter, AllowChangedBase, Json, Output, Overrides, Quiet
 from qlora_cli.cli.quantize import quantize
@@ -124,6 +125,7 @@ def evaluate(
 app.command()(merge)
 app.command()(quantize)
 app.command()(show)
+app.command()(judge)
 app.command()(elo)
 
 
