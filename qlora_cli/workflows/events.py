@@ -101,12 +101,12 @@ class Progress:
 
     def as_json(self) -> dict[str, Any]:
         """See `Event`."""
-        numbers = {key: _finite(value) for key, value in asdict(self.report).items()}
+        numbers = {key: finite(value) for key, value in asdict(self.report).items()}
         return {"event": "step", "total": self.total, "memory_bytes": self.memory_bytes, **numbers}
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no word for a number that is not finite."""
+def finite(value: Any) -> Any:
+    """The value; None for a number that is not finite, for which JSON has no word."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

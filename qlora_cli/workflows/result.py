@@ -6,13 +6,14 @@ it was written.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.evaluation.perplexity import EvalResult
 from qlora_cli.files import manifest_problems
-from qlora_cli.workflows.events import eval_json
+from qlora_cli.workflows.events import eval_json, finite
 from qlora_cli.workflows.rundir import read_status
 
 
@@ -30,7 +31,7 @@ class TrainResult:
         """Plain values."""
         held = eval_json(self.held_out) if self.held_out else None
         values = {"run": str(self.run), "artifact": str(self.artifact), "steps": self.steps}
-        return {"event": "result", **values, "train_loss": self.train_loss, "held_out": held}
+        return {"event": "result", **values, "train_loss": finite(self.train_loss), "held_out": held}
 
 
 def finished(path: Path, total: int) -> TrainResult | None:
@@ -41,7 +42,8 @@ def finished(path: Path, total: int) -> TrainResult | None:
             return None
         found, artifact = said["result"], path / Path(said["result"]["artifact"]).name
         held = {key: value for key, value in (found["held_out"] or {}).items() if key != "perplexity"}
-        result = TrainResult(path, artifact, found["steps"], found["train_loss"], EvalResult(**held) if held else None)
+        loss = math.nan if found["train_loss"] is None else found["train_loss"]
+        result = TrainResult(path, artifact, found["steps"], loss, EvalResult(**held) if held else None)
     except (KeyError, TypeError):
         return None
     return result if artifact.is_dir() and not manifest_problems(artifact) else None

@@ -17,6 +17,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.evaluation.perplexity import EvalResult
 from qlora_cli.training.best import Best
 from qlora_cli.training.loop import StepReport
+from qlora_cli.workflows.events import finite
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ class Standing:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; a number that is not finite as null."""
-        best = {"loss": _finite(self.best.loss), "step": self.best.step, "waited": self.best.waited}
+        best = {"loss": finite(self.best.loss), "step": self.best.step, "waited": self.best.waited}
         evaluations = {name: asdict(found) if found else None for name, found in self._evaluations()}
         names = ("step", "tokens", "targets", "seconds", "skipped", "micro_batch", "pending")
-        return {**{name: getattr(self, name) for name in names}, "loss": _finite(self.loss), "best": best} | evaluations
+        return {**{name: getattr(self, name) for name in names}, "loss": finite(self.loss), "best": best} | evaluations
 
     def _evaluations(self) -> list[tuple[str, Measured | None]]:
         return [("last", self.last), ("kept", self.kept)]
@@ -96,10 +97,6 @@ class Standing:
         except (KeyError, TypeError, ValueError, IndexError) as error:
             what = f"the checkpoint's state is not complete: {error!r}"
             raise ModelError(what, fix="go on from another one") from error
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _measured(said: Mapping[str, Any] | None) -> Measured | None:

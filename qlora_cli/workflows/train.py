@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from qlora_cli.errors import QloraError, RunDirectoryError
+from qlora_cli.errors import ModelError, QloraError, RunDirectoryError
 from qlora_cli.files import bytes_below, check_space
 from qlora_cli.model.base import load_base, report, set_checkpointing
 from qlora_cli.model.device import make_deterministic
@@ -176,9 +176,12 @@ class _Run:
                 tell(Notice(f"{path} is finished: nothing is left to do"))
                 return done
         found = find_checkpoint(path / "checkpoints", self.kept if main else None, tell)
-        if found is None or changes is None:
+        if found is None:
             tell(Notice(f"{path} holds no checkpoint: the run starts at its beginning"))
             return None
+        if changes is None:
+            what = f"{path} has checkpoints, but not {RESOLVED} and {LOCK}, which say of what run"
+            raise ModelError(what, fix="take them from a copy, or train again in another directory with -o DIR")
         self.resumed = resumed(found, changes, self.recipe, self.ready.plan)
         self.at = self.resumed.standing(self.recipe.eval.patience)
         tell(Notice(f"going on after step {found.step}, from {found.path}"))

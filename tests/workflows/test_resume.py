@@ -379,3 +379,16 @@ def test_a_dry_run_says_where_the_run_would_go_on_and_changes_nothing(
     assert main(["train", str(run), "--resume", "--dry-run"]) == 0
     assert "note: the run would go on after step 3" in capsys.readouterr().err
     assert contents(run) == before
+
+
+@pytest.mark.parametrize("name", ["resolved.yaml", "lock.json"])
+def test_checkpoints_of_a_run_that_nothing_describes_are_left_alone(
+    recipe_file: Recipe, tmp_path: Path, capsys: Any, name: str
+) -> None:
+    recipe, run = half(recipe_file, tmp_path)
+    (run / name).unlink()
+    before = contents(run)
+    capsys.readouterr()
+    assert train(recipe, run, "--resume", *SAVING) == 5
+    assert "has checkpoints, but not resolved.yaml and lock.json" in capsys.readouterr().err
+    assert contents(run).keys() == before.keys()
