@@ -218,7 +218,7 @@ def run(full: bool, work: Path, seed: int) -> dict[str, Any]:
     failures = [f"{test} fails without any mutant" for test, passed in sound.items() if not passed]
     caught = [each for each in chosen if sound[each.test] and not passes(work / "mutant", [each.test], each)]
     failures += [f"not noticed: {each.name}" for each in chosen if each not in caught and sound[each.test]]
-    figure = f"{len(caught)} of {len(chosen)} safeguards missed by a test when taken out"
+    figure = f"{len(caught)} of {len(chosen)} safeguards: a test notices when they are taken out"
     return {"count": len(chosen), "passed": not failures, "figure": figure, "failures": failures}
 
 
