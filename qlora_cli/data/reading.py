@@ -3,7 +3,7 @@
 Knows sources, formats, turns and limits of length. Invariant: every row read is written down with what became of it,
 in the order of the source; no more rows are in memory than a few batches.
 
-Rows are read and understood in one thread while the batch before them is encoded in another.
+Rows are read and understood in one thread while the batches before them are encoded in others.
 """
 
 from __future__ import annotations

@@ -26,9 +26,10 @@ from qlora_cli.training.state import restore_optimizer, restore_random
 from qlora_cli.workflows.changes import Change, check_allowed, check_changes, lock_changes, recipe_changes
 from qlora_cli.workflows.events import Emit, Notice
 from qlora_cli.workflows.plan import Plan
+from qlora_cli.workflows.rundir import RESOLVED
 from qlora_cli.workflows.standing import Standing
 
-RESOLVED, LOCK = "resolved.yaml", "lock.json"
+LOCK = "lock.json"
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ used goes to `problems`, in words.
 from __future__ import annotations
 
 import json
-import math
 import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.workflows.events import finite
 from qlora_cli.workflows.rundir import STATUS
 from qlora_cli.workflows.runlock import NAME as LOCK
 from qlora_cli.workflows.runlock import is_held
@@ -62,18 +62,13 @@ def number(value: object) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
 
 
-def finite(value: float) -> float | None:
-    """JSON has no other numbers."""
-    return value if math.isfinite(value) else None
-
-
 def plain(value: object) -> Any:
     """What JSON can hold and a stream can print: values that are not finite become null."""
     if isinstance(value, dict):
         return {text(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [plain(inner) for inner in value]
-    return text(value) if isinstance(value, str) else finite(value) if isinstance(value, float) else value
+    return text(value) if isinstance(value, str) else finite(value)
 
 
 def state_of(run: Path, status: Values) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from qlora_cli.secrets import held, redact, redacted
 from qlora_cli.workflows.runlock import NAME as LOCK
 from qlora_cli.workflows.runlock import RunLock, is_held
 
-STATUS = "status.json"
+STATUS, RESOLVED = "status.json", "resolved.yaml"
 OTHER_PLACE = "name another run directory with -o DIR"
 
 

@@ -30,9 +30,9 @@ class RunLock:
     where another process holds it. `left` describes a process that held it and did not release it, empty if none."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / NAME
-        with disk_errors(path):
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._path = folder / NAME
+        with disk_errors(self._path):
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         if not _taken(self._handle):
             holder = self._holder()
             os.close(self._handle)
@@ -50,7 +50,7 @@ class RunLock:
         os.close(self._handle)
 
     def _write(self, text: str) -> None:
-        with disk_errors(Path(NAME)):
+        with disk_errors(self._path):
             os.truncate(self._handle, 0)
             os.pwrite(self._handle, text.encode(), 0)
 

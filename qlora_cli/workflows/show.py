@@ -15,10 +15,11 @@ from typing import Any
 from qlora_cli.errors import ModelError
 from qlora_cli.files import MANIFEST, bytes_below, is_folder, manifest_problems
 from qlora_cli.workflows.curve import Point
-from qlora_cli.workflows.run_files import Values, finite, number, plain, read_lines, state_of, status_of, whole
-from qlora_cli.workflows.rundir import STATUS
+from qlora_cli.workflows.events import finite
+from qlora_cli.workflows.run_files import Values, number, plain, read_lines, state_of, status_of, whole
+from qlora_cli.workflows.rundir import RESOLVED, STATUS
 
-METRICS, RESUMES, RESOLVED, CHECKPOINTS = "metrics.jsonl", "resumes.jsonl", "resolved.yaml", "checkpoints"
+METRICS, RESUMES, CHECKPOINTS = "metrics.jsonl", "resumes.jsonl", "checkpoints"
 RESULTS = ("adapter", "model")
 
 
@@ -51,8 +52,8 @@ class Series:
     @property
     def best(self) -> Point | None:
         """The lowest that is a number."""
-        finite = [point for point in self.points if math.isfinite(point[1])]
-        return min(finite, key=lambda point: point[1], default=None)
+        numbers = [point for point in self.points if math.isfinite(point[1])]
+        return min(numbers, key=lambda point: point[1], default=None)
 
     def as_json(self) -> dict[str, Any]:
         """The two of them; null for what is not there or not finite."""

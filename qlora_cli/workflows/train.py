@@ -40,8 +40,8 @@ from qlora_cli.workflows.lock import lock
 from qlora_cli.workflows.plan import Plan
 from qlora_cli.workflows.prepare import Prepared, local_rank, parts, prepare, weights_dtype
 from qlora_cli.workflows.result import TrainResult, finished
-from qlora_cli.workflows.resume import LOCK, RESOLVED, Resumed, find_changes, find_checkpoint, resumed
-from qlora_cli.workflows.rundir import RunDirectory, check_run, check_unused
+from qlora_cli.workflows.resume import LOCK, Resumed, find_changes, find_checkpoint, resumed
+from qlora_cli.workflows.rundir import RESOLVED, RunDirectory, check_run, check_unused
 from qlora_cli.workflows.standing import Standing
 from qlora_cli.workflows.start import start
 from qlora_cli.workflows.steps import Steps
