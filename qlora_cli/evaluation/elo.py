@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_cli.evaluation.intervals import NORMAL_95
 from qlora_cli.evaluation.judgments import Verdict
 
 Floats = NDArray[np.float64]
 AT_ONCE = 1 << 24
 """Games shuffled at once, over all orders: bounds the memory."""
-NORMAL_95 = 1.959963984540054
 
 
 @dataclass(frozen=True, eq=False)
