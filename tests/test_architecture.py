@@ -189,7 +189,8 @@ def test_no_handler_swallows_every_error() -> None:
         (f, n) for f, n in handlers if isinstance(n.type, ast.Name) and n.type.id in {"Exception", "BaseException"}
     ]
     assert broad
-    shows = {"cli/app.py", "cli/repl.py"}  # `main` turns a bug into a traceback and exit code 1; a session goes on
+    # `main` turns a bug into a traceback and exit code 1; a session goes on; a tracker that fails is told and left out
+    shows = {"cli/app.py", "cli/repl.py", "training/trackers.py"}
     assert [f"{f}:{n.lineno}" for f, n in broad if f not in shows and not _raises(n)] == []
 
 

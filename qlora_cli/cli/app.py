@@ -18,10 +18,12 @@ from qlora_cli import __version__
 from qlora_cli.cli.clean import clean_stderr
 from qlora_cli.cli.data import data
 from qlora_cli.cli.elo import elo
+from qlora_cli.cli.eval import evaluate
 from qlora_cli.cli.judge import judge
 from qlora_cli.cli.merge import merge
-from qlora_cli.cli.options import Adapter, AllowChangedBase, Json, Output, Overrides, Quiet
+from qlora_cli.cli.options import AllowChangedBase, Json, Output, Overrides, Quiet
 from qlora_cli.cli.quantize import quantize
+from qlora_cli.cli.report import report
 from qlora_cli.cli.settings import SETTINGS
 from qlora_cli.cli.show import show
 from qlora_cli.cli.signals import end_on_signals, interruption
@@ -100,31 +102,11 @@ def train(
     console.result(str(result.artifact), result.as_json())
 
 
-@app.command(name="eval")
-def evaluate(
-    target: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A run directory, or a recipe.")],
-    adapter: Adapter = None,
-    allow_changed_base: AllowChangedBase = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Measure loss and perplexity.
-
-    Takes the rows that the recipe holds out, and a run's adapter or a recipe's base model.
-    """
-    from qlora_cli.cli.console import Console
-    from qlora_cli.workflows.eval import run_eval
-    from qlora_cli.workflows.quiet import quiet_libraries
-
-    quiet_libraries()
-    console = Console(as_json, quiet)
-    outcome = run_eval(target, adapter, console, allow_changed_base)
-    console.result(outcome.line(), outcome.as_json())
-
-
+app.command(name="eval")(evaluate)
 app.command()(merge)
 app.command()(quantize)
 app.command()(show)
+app.command()(report)
 app.command()(judge)
 app.command()(elo)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -118,7 +118,7 @@ def load_data(data: DataSection, setting: Setting) -> TokenData:
     parts = _parts(read, setting)
     _divide(parts, held, data)
     train = Rows([part.store for part in parts], epoch(parts, data, setting.seed))
-    held_rows = _whole(held.store) if held else _held(parts)
+    held_rows = _whole(held) if held else _held(parts, list(data.named))
     receipts = [each.receipt(part) for each, part in zip(read, parts, strict=True)]
     _check(data, train, held_rows, receipts, parts)
     check_limits(receipts, data.limits, "`qlora data RECIPE --lost` lists them")
@@ -130,9 +130,16 @@ def load_data(data: DataSection, setting: Setting) -> TokenData:
     return TokenData(train, held_rows, receipt, stop_ids, chosen, tuple(parts))
 
 
-def load_held_out(data: DataSection, setting: Setting) -> tuple[Rows, dict[str, str]]:
-    """(the held-out rows, content hash of the sources they came from). Where the recipe holds none out, an error that
-    says how to name some."""
+class HeldRows(NamedTuple):
+    """The held-out rows, the content hash of each source they came from, and the template that was chosen."""
+
+    rows: Rows
+    digests: dict[str, str]
+    chosen: Chosen
+
+
+def load_held_out(data: DataSection, setting: Setting) -> HeldRows:
+    """The rows that a recipe holds out. Where it holds none out, an error that says how to name some."""
     if data.eval is None and data.eval_split is None:
         raise DataError(
             "the recipe holds no rows out",
@@ -141,17 +148,18 @@ def load_held_out(data: DataSection, setting: Setting) -> tuple[Rows, dict[str, 
         )
     if data.eval is not None:
         opened = _open_eval(data.eval, data)
-        held = _read(opened, data, setting, choose_template(data, [opened], setting.tokenizer))
-        rows, digests = _whole(held.store), {held.name: held.digest}
+        chosen = choose_template(data, [opened], setting.tokenizer)
+        held = _read(opened, data, setting, chosen)
+        rows, digests = _whole(held), {held.name: held.digest}
     else:
         every = [_open(name, section, data) for name, section in data.named.items()]
         chosen = choose_template(data, every, setting.tokenizer)
         read = [_read(each, data, setting, chosen) for each in every]
         parts = _parts(read, setting)
         hold_out(parts, data.eval_split or 0, data.title)
-        rows, digests = _held(parts), {each.name: each.digest for each in read}
+        rows, digests = _held(parts, list(data.named)), {each.name: each.digest for each in read}
     _check_held(rows)
-    return rows, digests
+    return HeldRows(rows, digests, chosen)
 
 
 def choose_template(data: DataSection, opened: Sequence[Opened], tokenizer: Any) -> Chosen:
@@ -249,12 +257,12 @@ def _notes(read: Sequence[_Read], chosen: Chosen) -> tuple[str, ...]:
     return (*found, *(added if chosen.added else []))
 
 
-def _whole(store: Store) -> Rows:
-    return Rows([store], [np.arange(len(store.sequences))])
+def _whole(read: _Read) -> Rows:
+    return Rows([read.store], [np.arange(len(read.store.sequences))], [read.name])
 
 
-def _held(parts: Sequence[Share]) -> Rows:
-    return Rows([part.store for part in parts], [sequences(part, part.held) for part in parts])
+def _held(parts: Sequence[Share], names: Sequence[str]) -> Rows:
+    return Rows([part.store for part in parts], [sequences(part, part.held) for part in parts], names)
 
 
 def _held_part(read: _Read) -> Share:

@@ -146,9 +146,10 @@ def _mapped(file: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
 class Rows(Sequence[Encoded]):
     """Sequences chosen from stores, in an order; one may come several times."""
 
-    def __init__(self, stores: Sequence[Store], chosen: Sequence[NDArray[np.int64]]) -> None:
-        """`chosen` are places in each store; the rows of the first store come first."""
-        self.stores = tuple(stores)
+    def __init__(self, stores: Sequence[Store], chosen: Sequence[NDArray[np.int64]], names: Sequence[str] = ()) -> None:
+        """`chosen` are places in each store; the rows of the first store come first. `names` are the sources' that the
+        stores hold, as far as whoever asks needs them."""
+        self.stores, self.names = tuple(stores), tuple(names)
         self._store = np.repeat(np.arange(len(stores)), [len(each) for each in chosen])
         self._place = np.concatenate([*chosen, np.empty(0, np.int64)]).astype(np.int64)
 
@@ -176,6 +177,11 @@ class Rows(Sequence[Encoded]):
     def targets(self) -> NDArray[np.int64]:
         """Tokens of each that carry loss."""
         return self._column("targets")
+
+    @property
+    def sources(self) -> NDArray[np.int64]:
+        """Of each, the number of its store."""
+        return self._store
 
     def source_rows(self) -> int:
         """How many different rows they are of."""

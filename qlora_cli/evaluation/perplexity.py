@@ -1,4 +1,4 @@
-"""Loss and perplexity on held-out rows.
+"""Loss, perplexity and bits per byte on held-out rows.
 
 Knows a model and rows. Invariant: means are over target tokens, never over rows or batches, and evaluating leaves the
 model in the mode and with the weights that it had.
@@ -7,43 +7,169 @@ model in the mode and with the weights that it had.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from qlora_cli.data.batches import Batching
 from qlora_cli.data.encode import Encoded
-from qlora_cli.model.loss import LossSum
+from qlora_cli.data.store import Rows
+from qlora_cli.model.loss import TargetLosses
 from qlora_cli.model.ranks import Ranks
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+Decode = Callable[[Sequence[int]], str]
+"""Token ids as text, without special tokens."""
+AT_ONCE = 1024
+"""Rows that are packed together."""
+LARGEST_EXPONENT = 700
+"""Beyond it, exp() overflows."""
 
 
 @dataclass(frozen=True)
-class EvalResult:
-    """Mean cross-entropy per target token in nats, and over how much it was taken."""
+class Figures:
+    """Mean cross-entropy per target token in nats, and over how much it was taken; `bytes` are those of the targets'
+    text in UTF-8, 0 where they were not counted."""
 
     loss: float
     rows: int
     tokens: int
     targets: int
+    bytes: int = 0
 
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.exp(self.loss) if self.loss < LARGEST_EXPONENT else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits that the model needs for a byte of the targets' text: what can be compared between tokenizers. What a
+        turn's end costs counts, its marker's bytes do not (Gao et al. 2020, arXiv:2101.00027, section 3.1)."""
+        return self.loss * self.targets / math.log(2) / self.bytes if self.bytes else None
+
+    def line(self) -> str:
+        """A few words."""
+        bits = f", {self.bits_per_byte:.3f} bits per byte" if self.bits_per_byte is not None else ""
+        many = f"{self.targets:,} tokens of {self.rows:,} rows"
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.3f}{bits} over {many}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        more = {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+        found = {**asdict(self), **more}
+        return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in found.items()}
+
+
+@dataclass(frozen=True)
+class SourceFigures(Figures):
+    """The figures of one source's rows."""
+
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class EvalResult(Figures):
+    """The figures of all rows, and those of each source."""
+
+    sources: tuple[SourceFigures, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, which `read` takes."""
+        return {**super().as_json(), "sources": [each.as_json() for each in self.sources]}
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> EvalResult:
+        """What `as_json` wrote. Raises `KeyError` or `TypeError` for anything else."""
+        sources = tuple(SourceFigures(**_stored(each), name=each["name"]) for each in values.get("sources", ()))
+        return cls(**_stored(values), sources=sources)
+
+
+def _stored(values: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: values[name] for name in ("loss", "rows", "tokens", "targets")}
+    return {**found, "bytes": values.get("bytes", 0), "loss": math.nan if found["loss"] is None else found["loss"]}
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Rows to evaluate on: encoded sequences, of each the number of its source, and the sources' names."""
+
+    rows: Sequence[Encoded]
+    source: Counts
+    names: tuple[str, ...]
+    decode: Decode
+
+    @classmethod
+    def of(cls, rows: Rows, decode: Decode) -> HeldOut:
+        """The sequences of stores, in their order."""
+        return cls(rows, rows.sources, rows.names, decode)
+
+    @cached_property
+    def listed(self) -> list[Encoded]:
+        """The sequences, each made once."""
+        return list(self.rows)
+
+    @cached_property
+    def tokens(self) -> Counts:
+        """Of each sequence."""
+        return np.array([len(row) for row in self.listed], np.int64)
+
+    @cached_property
+    def targets(self) -> Counts:
+        """Of each sequence, the tokens that carry loss."""
+        return np.array([row.targets for row in self.listed], np.int64)
+
+    @cached_property
+    def bytes(self) -> Counts:
+        """Of each sequence, UTF-8 bytes of its targets' text."""
+        texts = [self.decode(row.ids[1:][row.loss[1:]].tolist()) for row in self.listed]
+        return np.array([len(text.encode()) for text in texts], np.int64)
+
+    def result(self, sums: Floats) -> EvalResult:
+        """The figures, from each sequence's summed loss."""
+        whole = self._figures(sums, np.ones(len(sums), np.bool_))
+        found = [(name, self.source == number) for number, name in enumerate(self.names)]
+        sources = [SourceFigures(**asdict(self._figures(sums, mine)), name=name) for name, mine in found if mine.any()]
+        return EvalResult(**asdict(whole), sources=tuple(sources))
+
+    def _figures(self, sums: Floats, chosen: NDArray[np.bool_]) -> Figures:
+        targets = int(self.targets[chosen].sum())
+        loss = math.fsum(sums[chosen]) / targets
+        return Figures(loss, int(chosen.sum()), int(self.tokens[chosen].sum()), targets, int(self.bytes[chosen].sum()))
+
+
+def evaluate(model: Any, losses: TargetLosses, held: HeldOut, batching: Batching, ranks: Ranks) -> EvalResult:
+    """Token-weighted loss of `model` on rows, shared among the processes."""
+    return held.result(sequence_losses(model, losses, held.listed, batching, ranks))
 
 
 @torch.no_grad()
-def evaluate(model: Any, loss: LossSum, rows: Sequence[Encoded], batching: Batching, ranks: Ranks) -> EvalResult:
-    """Token-weighted `loss` of `model` on `rows`, shared among the processes."""
+def sequence_losses(
+    model: Any, losses: TargetLosses, rows: Sequence[Encoded], batching: Batching, ranks: Ranks
+) -> Floats:
+    """The summed cross-entropy of each of `rows`, in nats."""
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for _, batch in ranks.mine(batching.split(rows)):
+    rows = list(rows)  # those of a store are made anew each time they are read
+    places = {id(row): place for place, row in enumerate(rows)}
+    sums = np.zeros(len(rows))
+    for _, batch in ranks.mine(divided(rows, batching)):
         moved = batching.collate(batch).to(ranks.device)
         with ranks.autocast():
-            total += loss(moved.inputs, moved.targets, moved.labels)
+            found = losses(moved.inputs, moved.targets, moved.labels)
+        of_row = np.repeat(np.arange(len(batch)), [row.targets for row in batch])
+        sums[[places[id(row)] for row in batch]] = np.bincount(of_row, found.double().cpu().numpy(), len(batch))
     model.train(was_training)
-    targets = sum(row.targets for row in rows)
-    return EvalResult(float(ranks.sum(total)) / targets, len(rows), sum(map(len, rows)), targets)
+    return ranks.sum(torch.from_numpy(sums)).cpu().numpy()
+
+
+def divided(rows: Sequence[Encoded], batching: Batching) -> list[Sequence[Encoded]]:
+    """The micro-batches of an evaluation. Rows are packed a window at a time: it takes time by their square."""
+    windows = (rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE))
+    return [batch for window in windows for batch in batching.split(window)]

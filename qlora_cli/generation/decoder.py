@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from qlora_cli.generation.cache import continues, grow_in_place
 from qlora_cli.generation.sampling import Decoding, check_logits, choose
 from qlora_cli.model.decode import FastDecoding, evaluating
+from qlora_cli.model.segments import usual_attention
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def complete_all(
     fast, config = FastDecoding.of(model), _generation_config(decoding, stop_ids)
     fast.find_adapters()
     for start in range(0, len(prompts), batch_size):
-        with torch.random.fork_rng(), evaluating(model), fast.on():
+        with torch.random.fork_rng(), evaluating(model), usual_attention(model), fast.on():
             torch.manual_seed(decoding.seed + start)
             rows = _complete_batch(model, prompts[start : start + batch_size], config)
         for row in rows:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.model.decode import evaluating
-from qlora_cli.model.head import Head, chunk_rows, head_loss, unfit
+from qlora_cli.model.head import Head, chunk_rows, head_loss, head_losses, unfit
 from qlora_cli.model.loss import ROUND_TO, kept_targets, plain_loss
 
 TOLERANCE = {torch.float32: 1e-5}
@@ -40,6 +40,11 @@ class ChunkedLoss:
         """Scalar float32: the cross-entropy of `labels` [N], predicted at the N True positions of `targets` [B, T].
         `inputs` are what the model's forward takes by name; without a target it is zero, with a gradient of zero."""
         return self.of_hidden(self.hidden(inputs, targets), labels)
+
+    @torch.no_grad()
+    def each(self, inputs: Mapping[str, Any], targets: Tensor, labels: Tensor) -> Tensor:
+        """[N] float32: the loss of each target, without a gradient."""
+        return head_losses(self.head, self.hidden(inputs, targets), labels, self.chunk)
 
     def hidden(self, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
         """[N, hidden] what the head reads at the True positions."""

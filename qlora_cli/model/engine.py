@@ -21,9 +21,10 @@ from qlora_cli.model.chunked import chunked_loss
 from qlora_cli.model.compiler import keep_compiled, why_no_compiler
 from qlora_cli.model.fused import fuse, unfuse
 from qlora_cli.model.lora import LoraLinear
-from qlora_cli.model.loss import LossSum, plain_loss
+from qlora_cli.model.loss import LossSum, TargetLosses, plain_loss, plain_losses
 from qlora_cli.model.packing import find_packing
 from qlora_cli.model.pointwise import Kernels
+from qlora_cli.model.segments import set_attention
 from qlora_cli.model.shortcuts import restore, shorten
 from qlora_cli.model.trial import DECLINED, in_mode, in_words
 
@@ -49,9 +50,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Engine:
-    """`loss` of the model, whether rows may be packed, and which parts stand behind both."""
+    """`loss` of the model and `losses` of each target, whether rows may be packed, and which parts stand behind it."""
 
     loss: LossSum
+    losses: TargetLosses
     packs: bool
     parts: tuple[Part, ...]
     compile_seconds: float = 0.0
@@ -69,7 +71,9 @@ class Engine:
 
 def plain_engine(model: Any) -> Engine:
     """The slow twin: the model's own forward and loss, rows padded."""
-    return Engine(partial(plain_loss, model), False, (Part(PACKED, False, "model.engine is plain"),))
+    return Engine(
+        partial(plain_loss, model), partial(plain_losses, model), False, (Part(PACKED, False, "model.engine is plain"),)
+    )
 
 
 def build_engine(model: Any, layers: Sequence[LoraLinear], compiled: bool) -> Engine:
@@ -83,9 +87,9 @@ def build_engine(model: Any, layers: Sequence[LoraLinear], compiled: bool) -> En
         if layers:
             pointwise, seconds = _pointwise(probe, compiled)
             parts = [_fused(probe), pointwise]
-        loss, chunked = _loss(probe)
+        loss, losses, chunked = _loss(probe)
         packed = _packed(probe)
-    return Engine(loss, packed.used, (packed, chunked, *parts), seconds)
+    return Engine(loss, losses, packed.used, (packed, chunked, *parts), seconds)
 
 
 @contextmanager
@@ -187,15 +191,16 @@ def _packed(probe: _Probe) -> Part:
     found = find_packing(probe.model, probe.vocabulary)
     if found.attention is None:
         return Part(PACKED, False, found.reason)
-    probe.model.get_decoder().set_attn_implementation(found.attention)
+    set_attention(probe.model, found.attention)
     return Part(PACKED, True, PACKED)
 
 
-def _loss(probe: _Probe) -> tuple[LossSum, Part]:
+def _loss(probe: _Probe) -> tuple[LossSum, TargetLosses, Part]:
     try:
         found = chunked_loss(probe.model, probe.inputs, probe.targets, probe.labels)
     except DECLINED as error:
         found = in_words(error)
     if isinstance(found, str):
-        return partial(plain_loss, probe.model), Part("chunked loss", False, found)
-    return found, Part("chunked loss", True, "loss at target tokens in chunks")
+        own = partial(plain_loss, probe.model), partial(plain_losses, probe.model)
+        return *own, Part("chunked loss", False, found)
+    return found, found.each, Part("chunked loss", True, "loss at target tokens in chunks")

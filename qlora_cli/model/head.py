@@ -107,16 +107,22 @@ def head_loss(head: Head, hidden: Tensor, labels: Tensor, rows: int) -> Tensor:
     return found
 
 
+@torch.no_grad()
+def head_losses(head: Head, hidden: Tensor, labels: Tensor, rows: int) -> Tensor:
+    """[N] float32: the cross-entropy of each of `labels`, as `head_loss` sums them up."""
+    return _losses_and_slopes(head, hidden.to(head.dtype()), labels, rows, False)[0]
+
+
 class _HeadLoss(torch.autograd.Function):
     """The sum; its gradients with respect to `hidden` and trained rows are all that is saved."""
 
     @staticmethod
     def forward(ctx: Any, head: Head, hidden: Tensor, trained: Tensor | None, labels: Tensor, rows: int) -> Tensor:
         wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        total, *slopes = _sum_and_slopes(head, hidden, labels, rows, wanted)
+        losses, *slopes = _losses_and_slopes(head, hidden, labels, rows, wanted)
         ctx.save_for_backward(*slopes)
         ctx.dtype = None if trained is None else trained.dtype
-        return total
+        return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -124,17 +130,17 @@ class _HeadLoss(torch.autograd.Function):
         return None, slope * grad, None if trained is None else (trained * grad).to(ctx.dtype), None, None
 
 
-def _sum_and_slopes(
+def _losses_and_slopes(
     head: Head, hidden: Tensor, labels: Tensor, rows: int, wanted: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, and if `wanted` its gradients [N, hidden] and, float32, of trained rows. Rows of zeros make the last
-    chunk a multiple of `ROUND_TO`; what comes of them is cut off again."""
+    """The losses [N], and if `wanted` the gradients of their sum [N, hidden] and, float32, of trained rows. Rows of
+    zeros make the last chunk a multiple of `ROUND_TO`; what comes of them is cut off again."""
     count = len(labels)
     missing = -count % ROUND_TO
     hidden, labels = nn.functional.pad(hidden, (0, 0, 0, missing)), nn.functional.pad(labels, (0, missing))
     chunks = _Chunks(head, hidden, min(rows, len(labels)), wanted)
     losses = [chunks.losses(part, labels[part]) for part in chunks.parts(len(labels))]
-    return torch.cat(losses)[:count].sum(), None if chunks.slope is None else chunks.slope[:count], chunks.trained_slope
+    return torch.cat(losses)[:count], None if chunks.slope is None else chunks.slope[:count], chunks.trained_slope
 
 
 class _Chunks:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 LossSum = Callable[[Mapping[str, Any], Tensor, Tensor], Tensor]
 """(what the model's forward takes by name, targets [B, T], labels [N]) -> the loss summed over targets."""
+TargetLosses = LossSum
+"""The same, for the loss of each target: [N] float32, in the order of `targets`' True positions, without a gradient."""
 ROUND_TO = 64
 """Columns are rounded up to a multiple of this, so that few shapes occur: on a CPU each costs a compiled kernel that
 stays in memory, on CUDA a block in the allocator's cache."""
@@ -33,6 +35,12 @@ def target_logits(model: Any, ids: Tensor, attention: Tensor, targets: Tensor) -
 def plain_loss(model: Any, inputs: Mapping[str, Any], targets: Tensor, labels: Tensor) -> Tensor:
     """`loss_sum`, for any `inputs` that the model's forward takes by name."""
     return torch.nn.functional.cross_entropy(logits_at(model, inputs, targets), labels, reduction="sum")
+
+
+@torch.no_grad()
+def plain_losses(model: Any, inputs: Mapping[str, Any], targets: Tensor, labels: Tensor) -> Tensor:
+    """See `TargetLosses`; by the model's own forward."""
+    return torch.nn.functional.cross_entropy(logits_at(model, inputs, targets), labels, reduction="none")
 
 
 def logits_at(model: Any, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:

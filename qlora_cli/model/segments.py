@@ -11,10 +11,11 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +162,26 @@ def _varlen(rows: Rows) -> Tensor:
     options = {"scale": rows.rule.scaling, "window_size": (back, 0), "enable_gqa": True}
     out: Tensor = VARLEN(rows.q, rows.k, rows.v, *ends, *longest, **options)
     return out
+
+
+_USUAL: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""By the decoder, the attention that it had before another one was set for good."""
+
+
+def set_attention(model: Any, attention: str) -> None:
+    """Has the text decoder use this attention from now on, but within `usual_attention`."""
+    decoder = model.get_decoder()
+    _USUAL.setdefault(decoder, decoder.config._attn_implementation)
+    decoder.set_attn_implementation(attention)
+
+
+@contextmanager
+def usual_attention(model: Any) -> Iterator[None]:
+    """Within it, the text decoder has the attention that it was loaded with, which knows caches and padding at the
+    left."""
+    usual = _USUAL.get(model.get_decoder()) if _USUAL else None
+    with using_attention(model, usual) if usual else nullcontext():
+        yield
 
 
 @contextmanager

@@ -7,9 +7,10 @@ have their defaults, and names every key it read, the one most likely at fault f
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
+from qlora_cli.recipe.clash import Clash, Rule
+from qlora_cli.recipe.eval_rules import EVAL_RULES
 from qlora_cli.recipe.scalars import written
 from qlora_cli.recipe.schema import QuantizationSection, Recipe
 
@@ -28,19 +29,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "longform": ("input", "output"),
     "unnatural-instructions": ("instances",),
 }
-
-
-@dataclass(frozen=True)
-class Clash:
-    """Keys that do not go together; `what` is a phrase about the first of them."""
-
-    keys: tuple[str, ...]
-    what: str
-    why: str
-    fix: str
-
-
-Rule = Callable[[Recipe], Iterator[Clash]]
 
 
 def clashes(recipe: Recipe) -> list[Clash]:
@@ -180,37 +168,6 @@ def _idle_limit(recipe: Recipe) -> Iterator[Clash]:
         yield Clash(("data.limits.bad", "data.on_bad_row"), what, why, "--set data.on_bad_row=skip")
 
 
-def _two_held_out(recipe: Recipe) -> Iterator[Clash]:
-    data = recipe.data
-    if data.eval is not None and data.eval_split is not None:
-        what = f"only one of data.eval and data.eval_split may be set (got {written(data.eval_split)})"
-        fix = "keep one, e.g. --set data.eval_split=null"
-        yield Clash(("data.eval_split", "data.eval"), what, "there is one set of held-out rows", fix)
-
-
-def _nothing_held_out(recipe: Recipe) -> Iterator[Clash]:
-    if recipe.data.eval is not None or recipe.data.eval_split is not None:
-        return
-    for name, idle in (("every", None), ("keep_best", False), ("patience", None)):
-        value = getattr(recipe.eval, name)
-        if value != idle:
-            what = f"needs held-out rows, but data.eval and data.eval_split are not set (got {written(value)})"
-            fix = f"e.g. --set data.eval_split=0.05, or --set eval.{name}={written(idle)}"
-            yield Clash((f"eval.{name}", "data.eval", "data.eval_split"), what, "there is nothing to evaluate on", fix)
-
-
-def _single_evaluation(recipe: Recipe) -> Iterator[Clash]:
-    if recipe.eval.every is not None:
-        return
-    for name, idle in (("keep_best", False), ("patience", None)):
-        value = getattr(recipe.eval, name)
-        if value != idle:
-            what = f"needs eval.every, the steps between evaluations (got {written(value)})"
-            why = "without it there is one evaluation, at the end, and nothing to compare it with"
-            fix = f"e.g. --set eval.every=100, or --set eval.{name}={written(idle)}"
-            yield Clash((f"eval.{name}", "eval.every"), what, why, fix)
-
-
 def _last_of_text(recipe: Recipe) -> Iterator[Clash]:
     if recipe.data.format == "text" and recipe.data.loss_on == "last":
         what = "last needs answers, but data.format is text (got last)"
@@ -267,6 +224,14 @@ def _cpu(recipe: Recipe) -> Iterator[Clash]:
             yield Clash((key, "model.device"), what, why, f"--set {key}={instead}")
 
 
+def _tracker_twice(recipe: Recipe) -> Iterator[Clash]:
+    names = recipe.log.to
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        what = f"names {' and '.join(twice)} more than once (got {written(names)})"
+        fix = f"--set log.to={written(tuple(dict.fromkeys(names)))}"
+        yield Clash(("log.to",), what, "a tracker shows every figure once", fix)
+
+
 RULES: tuple[Rule, ...] = (
     _length,
     _batch,
@@ -281,11 +246,10 @@ RULES: tuple[Rule, ...] = (
     _idle_mix,
     _idle_cut,
     _idle_limit,
-    _two_held_out,
-    _nothing_held_out,
-    _single_evaluation,
+    *EVAL_RULES,
     _last_of_text,
     _template_of_text,
     _columns,
     _cpu,
+    _tracker_twice,
 )

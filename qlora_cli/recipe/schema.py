@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from qlora_cli.recipe.data_schema import DataSection
-from qlora_cli.recipe.section import Name, PositiveInt, Section
+from qlora_cli.recipe.section import Metric, Name, PositiveInt, Section
 
 
 class ModelSection(Section):
@@ -145,6 +145,22 @@ class EvalSection(Section):
     patience: PositiveInt | None = Field(
         None, description="Stop early after this many evaluations without a lower held-out loss."
     )
+    metrics: tuple[Metric, ...] = Field(
+        (),
+        description="What greedy answers to held-out prompts are measured by: `exact`, `contains` (the wanted text), "
+        "`json` (one JSON value) or `regex:PATTERN` (found anywhere).",
+    )
+    metric_rows: PositiveInt | None = Field(
+        100, description="Held-out rows that are answered for `metrics`, the first ones; null: all."
+    )
+    samples: tuple[Name, ...] = Field(
+        (), description="Prompts that are answered at every evaluation, greedily, into samples.jsonl."
+    )
+    max_new_tokens: PositiveInt = Field(256, description="Longest answer for `metrics` and `samples`, in tokens.")
+    choices: Name | None = Field(
+        None,
+        description="A .json or .jsonl file of multiple-choice rows to measure at every evaluation (docs/eval.md).",
+    )
 
 
 class SaveSection(Section):
@@ -163,6 +179,11 @@ class LogSection(Section):
     """The log."""
 
     every: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl and of a plain console.")
+    to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        (),
+        description="Experiment trackers that show what metrics.jsonl holds as well; each is an extra of its name "
+        "(`pip install 'qlora-cli[tensorboard]'`), see docs/runs.md.",
+    )
 
 
 class Recipe(Section):

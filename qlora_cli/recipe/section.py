@@ -12,6 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
+Metric = Annotated[
+    str,
+    Field(pattern=r"^(exact|contains|json|regex:[\s\S]+)$", title="exact, contains, json or regex:PATTERN"),
+]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 

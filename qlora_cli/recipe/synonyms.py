@@ -114,6 +114,8 @@ SYNONYMS: dict[str, str] = {
     "log_every": "log.every",
     "log.steps": "log.every",
     "logging": "log",
+    "report_to": "log.to",
+    "log_with": "log.to",
     "output_dir": "output",
     "out_dir": "output",
 }

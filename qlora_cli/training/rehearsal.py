@@ -16,7 +16,7 @@ import torch
 from qlora_cli.data.batches import Batching
 from qlora_cli.data.encode import Encoded
 from qlora_cli.errors import DeviceMemoryError
-from qlora_cli.model.loss import LossSum
+from qlora_cli.model.loss import TargetLosses
 from qlora_cli.model.ranks import Ranks
 from qlora_cli.training.guard import memory_guard
 from qlora_cli.training.loop import Job, backward, release
@@ -48,14 +48,16 @@ def rehearse(job: Job, ranks: Ranks) -> Rehearsed:
 
 
 @torch.no_grad()
-def rehearse_evaluation(model: Any, loss: LossSum, rows: Sequence[Encoded], batching: Batching, ranks: Ranks) -> None:
+def rehearse_evaluation(
+    model: Any, losses: TargetLosses, batches: Sequence[Sequence[Encoded]], batching: Batching, ranks: Ranks
+) -> None:
     """One forward pass over the largest micro-batch of an evaluation."""
-    biggest = max(batching.split(rows), key=batching.positions)
+    biggest = max(batches, key=batching.positions)
     was_training = model.training
     model.eval()
     moved = batching.collate(biggest).to(ranks.device)
     with memory_guard("rehearsing the largest micro-batch of an evaluation"), ranks.autocast():
-        loss(moved.inputs, moved.targets, moved.labels)
+        losses(moved.inputs, moved.targets, moved.labels)
     model.train(was_training)
 
 

@@ -14,7 +14,7 @@ from qlora_cli.errors import DataError, MachineError, ModelError, Problem, Qlora
 from qlora_cli.recipe.scalars import written
 from qlora_cli.recipe.schema import Recipe
 
-FREE = ("train.steps", "train.epochs", "save", "eval.every", "log.every", "data.cache", "quantization.cache")
+FREE = ("train.steps", "train.epochs", "save", "eval.every", "log", "data.cache", "quantization.cache")
 """Keys that may differ: of more steps the learning rate knows (see `lr_at`), the others change no value."""
 LOCKED = (
     "qlora",

@@ -22,7 +22,8 @@ from qlora_cli.workflows.events import Emit, Stage
 from qlora_cli.workflows.locate import Found, base_folder, find, is_model, tokenizer_of, trained_base
 from qlora_cli.workflows.prompts import Prompt, read_prompts
 from qlora_cli.workflows.talk import Answer, Talk, encode, instructed
-from qlora_cli.workflows.voices import Voice, load_voices, room, voice_of
+from qlora_cli.workflows.voice import Voice, room
+from qlora_cli.workflows.voices import load_voices, voice_of
 
 __all__ = ["BASE", "Answer", "Decoding", "Prompt", "Talk", "check_prompts", "open_talk", "read_prompts"]
 

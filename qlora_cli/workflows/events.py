@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from qlora_cli.evaluation.perplexity import EvalResult
 from qlora_cli.training.loop import StepReport
+from qlora_cli.workflows.measuring import Measurement
 
 
 class Event(Protocol):
@@ -147,23 +147,44 @@ class Meter:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Held-out loss after `step` steps."""
+    """What was measured on held-out rows after `step` steps."""
 
     step: int
-    result: EvalResult
+    found: Measurement
     best: bool
 
     def line(self) -> str:
         """See `Event`."""
-        r, mark = self.result, " (best so far)" if self.best else ""
-        return (
-            f"eval at step {self.step}: loss {r.loss:.4f}, perplexity {r.perplexity:.3f} "
-            f"over {r.targets:,} tokens of {r.rows:,} rows{mark}"
-        )
+        mark = " (best so far)" if self.best else ""
+        return "; ".join([f"eval at step {self.step}: {self.found.result.line()}{mark}", *self.found.lines()])
 
     def as_json(self) -> dict[str, Any]:
         """See `Event`."""
-        return {"event": "eval", "step": self.step, "best": self.best, **eval_json(self.result)}
+        return {"event": "eval", "step": self.step, "best": self.best, **self.found.as_json()}
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What was answered to a prompt of the recipe after `step` steps."""
+
+    step: int
+    prompt: str
+    answer: str
+    ended: str
+
+    def line(self) -> str:
+        """See `Event`."""
+        return f"sample at step {self.step}: {_short(self.prompt, 40)} > {_short(self.answer, 80)}"
+
+    def as_json(self) -> dict[str, Any]:
+        """See `Event`."""
+        return {"event": "sample", **asdict(self)}
+
+
+def _short(text: str, most: int) -> str:
+    """One line of it, in quotes."""
+    line = " ".join(text.split())
+    return repr(line if len(line) <= most else line[: most - 3] + "...")
 
 
 @dataclass(frozen=True)
@@ -180,11 +201,6 @@ class Saved:
     def as_json(self) -> dict[str, Any]:
         """See `Event`."""
         return {"event": "saved", "what": self.what, "path": str(self.path)}
-
-
-def eval_json(result: EvalResult) -> dict[str, Any]:
-    """The figures of an evaluation as plain values."""
-    return {**asdict(result), "perplexity": result.perplexity if math.isfinite(result.perplexity) else None}
 
 
 def duration(seconds: float) -> str:

@@ -33,6 +33,10 @@ MERGED = "merge_receipt.json"
 """What `qlora merge` leaves beside a model."""
 
 
+NO_ROWS = "-"
+"""The rows of a model without a recipe."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model ready to compute, its tokenizer, and the recipe it was trained with (or a plain one)."""
@@ -235,7 +239,7 @@ def tokenizer_of(found: Found) -> Any:
 
 def plain_recipe(model: str) -> Recipe:
     """The recipe for talking to a model as it is: 4-bit, no adapter, its own template."""
-    return Recipe(model=ModelSection(base=model), lora=None, data=DataSection(train="-"))
+    return Recipe(model=ModelSection(base=model), lora=None, data=DataSection(train=NO_ROWS))
 
 
 def load_bare(found: Found, emit: Emit, allow_changed_base: bool = False, others: Sequence[Path | None] = ()) -> Loaded:

@@ -130,7 +130,7 @@ class _Job:
             if data.eval is None and data.eval_split is None:
                 self._emit(Notice("the run held no rows out: the models are compared on rows that it trained on"))
                 return load_data(data, setting).train[:count], f"{data.title} (trained on)"
-            rows, sources = load_held_out(data, setting)
+            rows, sources, _ = load_held_out(data, setting)
             tell_changes("data", sources, self._source.adapter, self._emit)
             return rows[:count], data.eval or f"{data.title} (held out)"
         except DataError as error:

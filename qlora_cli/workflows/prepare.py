@@ -21,6 +21,7 @@ from qlora_cli.recipe.schema import Recipe
 from qlora_cli.training.optim import paging_note
 from qlora_cli.workflows.events import Emit, Fact, Notice, Stage, size
 from qlora_cli.workflows.fits import Needs, settled
+from qlora_cli.workflows.measuring import Asked, asked_of
 from qlora_cli.workflows.plan import Plan, check_length, make_plan, order_of, shape_of, with_tokens
 from qlora_cli.workflows.rows import packing_share, setting_of
 from qlora_cli.workflows.storage import check_blocks, check_stored
@@ -39,6 +40,7 @@ class Prepared:
     plan: Plan
     new_tokens: tuple[int, ...]
     """Ids of the special tokens that the tokenizer gained, or the recipe names: their embeddings are trained."""
+    asked: Asked
 
 
 def local_rank() -> int:
@@ -68,12 +70,13 @@ def prepare(loaded: LoadedRecipe, weights: bool, emit: Emit) -> Prepared:
     new_tokens = tuple(sorted(tokenizer.convert_tokens_to_ids(sorted(trained))))
     shape = with_tokens(shape, skeleton, recipe, new_tokens)
     _check_vocabulary(data, shape.vocabulary, recipe.model.base)
+    asked = asked_of(recipe, data, tokenizer, config)
     plan = make_plan(recipe, shape, data, dtype, machine.device.type)
     packing = packing_share(recipe, data, order_of(recipe, data), plan.rows)
     data = replace(data, receipt=data.receipt.with_packing(packing))
     needs = settled(Needs(recipe, shape, plan.load, dtype, machine.device.type, free_memory(machine.device)))
     plan = replace(plan, memory=needs.parts, checkpointing=needs.recipe.train.gradient_checkpointing)
-    ready = Prepared(needs.recipe, machine, dtype, folder, tokenizer, data, plan, new_tokens)
+    ready = Prepared(needs.recipe, machine, dtype, folder, tokenizer, data, plan, new_tokens, asked)
     for event in header(ready, needs):
         emit(event)
     check_memory(needs, weights, emit)

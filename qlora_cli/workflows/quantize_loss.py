@@ -82,7 +82,7 @@ def read_rows_of(folder: BaseFolder, file: str, format_: str | None, max_length:
     section = DataSection.model_validate(
         {"train": file, "eval": file, "format": shape, "max_length": length, "template": template}
     )
-    encoded, _ = load_held_out(section, Setting(load_tokenizer(folder)))
+    encoded = load_held_out(section, Setting(load_tokenizer(folder))).rows
     used, tokens = encoded.source_rows(), int(encoded.targets.sum())
     dropped = f"; {len(source) - used:,} left out, longer than {length:,} tokens or empty" if used < len(source) else ""
     emit(Fact("data", f"{used:,} of {len(source):,} rows of {file}, {tokens:,} tokens with loss{dropped}"))

@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_cli.evaluation.perplexity import EvalResult
 from qlora_cli.files import manifest_problems
-from qlora_cli.workflows.events import eval_json, finite
+from qlora_cli.workflows.events import finite
 from qlora_cli.workflows.rundir import read_status
 
 
@@ -29,7 +29,7 @@ class TrainResult:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        held = eval_json(self.held_out) if self.held_out else None
+        held = self.held_out.as_json() if self.held_out else None
         values = {"run": str(self.run), "artifact": str(self.artifact), "steps": self.steps}
         return {"event": "result", **values, "train_loss": finite(self.train_loss), "held_out": held}
 
@@ -41,9 +41,9 @@ def finished(path: Path, total: int) -> TrainResult | None:
         if said["state"] != "finished" or said["total_steps"] != total:
             return None
         found, artifact = said["result"], path / Path(said["result"]["artifact"]).name
-        held = {key: value for key, value in (found["held_out"] or {}).items() if key != "perplexity"}
+        held = EvalResult.read(found["held_out"]) if found["held_out"] else None
         loss = math.nan if found["train_loss"] is None else found["train_loss"]
-        result = TrainResult(path, artifact, found["steps"], loss, EvalResult(**held) if held else None)
+        result = TrainResult(path, artifact, found["steps"], loss, held)
     except (KeyError, TypeError):
         return None
     return result if artifact.is_dir() and not manifest_problems(artifact) else None

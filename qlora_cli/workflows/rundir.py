@@ -106,6 +106,10 @@ def _never_began(path: Path) -> bool:
     return status.get("state") in {"failed", "interrupted"} and status.get("step") == 0
 
 
+SAMPLES = "samples.jsonl"
+"""Answers to the recipe's `eval.samples`, a line for each at every evaluation."""
+
+
 class RunDirectory:
     """An open and locked run directory; with `writes` False (processes other than the first) every method does nothing.
     `resumes`: there may be a run in it already. `left` says whose lock was taken over, empty if nobody's."""

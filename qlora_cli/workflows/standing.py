@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +26,10 @@ class Measured:
 
     step: int
     result: EvalResult
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"step": self.step, "result": self.result.as_json()}
 
 
 @dataclass
@@ -66,12 +70,10 @@ class Standing:
     def as_json(self) -> dict[str, Any]:
         """Plain values; a number that is not finite as null."""
         best = {"loss": finite(self.best.loss), "step": self.best.step, "waited": self.best.waited}
-        evaluations = {name: asdict(found) if found else None for name, found in self._evaluations()}
+        found = [("last", self.last), ("kept", self.kept)]
+        evaluations = {name: each.as_json() if each else None for name, each in found}
         names = ("step", "tokens", "targets", "seconds", "skipped", "micro_batch", "pending")
         return {**{name: getattr(self, name) for name in names}, "loss": finite(self.loss), "best": best} | evaluations
-
-    def _evaluations(self) -> list[tuple[str, Measured | None]]:
-        return [("last", self.last), ("kept", self.kept)]
 
     @classmethod
     def read(cls, values: Mapping[str, Any], patience: int | None, kept_values: Mapping[str, Tensor]) -> Standing:
@@ -100,4 +102,4 @@ class Standing:
 
 
 def _measured(said: Mapping[str, Any] | None) -> Measured | None:
-    return Measured(int(said["step"]), EvalResult(**said["result"])) if said is not None else None
+    return Measured(int(said["step"]), EvalResult.read(said["result"])) if said is not None else None

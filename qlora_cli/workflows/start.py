@@ -6,13 +6,11 @@ through once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from qlora_cli.data.batches import Batching
-from qlora_cli.evaluation.perplexity import EvalResult, evaluate
+from qlora_cli.evaluation.perplexity import divided
 from qlora_cli.model.engine import Engine, build_engine, plain_engine
 from qlora_cli.model.ranks import Ranks
 from qlora_cli.model.trained import Trained
@@ -22,14 +20,12 @@ from qlora_cli.training.loop import Job
 from qlora_cli.training.optim import build_optimizer
 from qlora_cli.training.rehearsal import rehearse, rehearse_evaluation
 from qlora_cli.workflows.events import Emit, Fact, Notice
+from qlora_cli.workflows.measuring import Measuring
 from qlora_cli.workflows.plan import order_of, worth_compiling
 from qlora_cli.workflows.prepare import Prepared
 
-Evaluation = Callable[[], EvalResult]
-"""Evaluates the model of a job, as it is, on the held-out rows."""
 
-
-def start(model: Any, trained: Trained, ready: Prepared, ranks: Ranks, tell: Emit) -> tuple[Job, Evaluation]:
+def start(model: Any, trained: Trained, ready: Prepared, ranks: Ranks, tell: Emit) -> tuple[Job, Measuring]:
     """The job, and how to evaluate it, both rehearsed. Raises `DeviceMemoryError` with what would fit."""
     recipe, plan = ready.recipe, ready.plan
     wanted = worth_compiling(recipe, plan.tokens, plan.shape.parameters, ranks.device.type)
@@ -50,12 +46,13 @@ def start(model: Any, trained: Trained, ready: Prepared, ranks: Ranks, tell: Emi
         total_steps=plan.steps,
         total_rows=plan.rows,
     )
-    held_out, batching = ready.data.held_out, batching_of(recipe, engine, recipe.eval.batch_size)
+    held_out = ready.asked.held
+    batching = batching_of(recipe, engine, recipe.eval.batch_size)
     rehearsed = rehearse(job, ranks)
-    if held_out:
-        rehearse_evaluation(model, engine.loss, held_out, batching, ranks)
+    if held_out.rows:
+        rehearse_evaluation(model, engine.losses, divided(held_out.listed, batching), batching, ranks)
     tell(Fact("rehearsal", rehearsed.line()))
-    return job, partial(evaluate, model, engine.loss, held_out, batching, ranks)
+    return job, Measuring(model, engine.losses, ready.asked, batching, recipe.eval, ranks)
 
 
 def batching_of(recipe: Recipe, engine: Engine, rows: int) -> Batching:

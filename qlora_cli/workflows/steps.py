@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from qlora_cli.errors import NonFiniteError, QloraError
-from qlora_cli.evaluation.perplexity import EvalResult
 from qlora_cli.model.device import peak_memory
 from qlora_cli.model.ranks import Ranks
 from qlora_cli.model.trained import Trained
@@ -23,12 +22,13 @@ from qlora_cli.training.loop import Job, StepReport, train_steps
 from qlora_cli.training.metrics import MetricsFile
 from qlora_cli.training.state import optimizer_tensors, random_tensors
 from qlora_cli.training.stop import Stop, StopNowError
+from qlora_cli.training.trackers import Trackers
 from qlora_cli.workflows.card import Outcome, beside
-from qlora_cli.workflows.events import Emit, Evaluated, Notice, Progress, Saved, Stage
+from qlora_cli.workflows.events import Emit, Evaluated, Notice, Progress, Sampled, Saved, Stage
+from qlora_cli.workflows.measuring import Measurement, Measuring
 from qlora_cli.workflows.prepare import Prepared
-from qlora_cli.workflows.rundir import RunDirectory
+from qlora_cli.workflows.rundir import SAMPLES, RunDirectory
 from qlora_cli.workflows.standing import Measured, Standing
-from qlora_cli.workflows.start import Evaluation
 
 
 @dataclass
@@ -44,7 +44,8 @@ class Steps:
     tell: Emit
     job: Job
     trained: Trained
-    evaluation: Evaluation
+    measuring: Measuring
+    trackers: Trackers
     failure: QloraError | None = None
     """Of the last evaluation: what was trained is saved first."""
     _saved_at: float = field(default_factory=time.monotonic)
@@ -91,6 +92,8 @@ class Steps:
         self.tell(progress)
         if logged:
             metrics.write("step", progress.as_json())
+            speed = {"tokens_per_second": progress.tokens_per_second}
+            self.trackers.log(step.step, "step", progress.as_json() | speed)
             self.directory.status("running", step=step.step)
 
     def _evaluation_is_due(self) -> bool:
@@ -104,7 +107,7 @@ class Steps:
         self.tell(Stage(f"evaluating on {len(rows):,} held-out rows"))
         try:
             with stop.impatient() if self.ranks.count == 1 else nullcontext():
-                result = self._measure()
+                found = self._measure()
         except StopNowError:
             return
         except QloraError as error:
@@ -112,24 +115,29 @@ class Steps:
                 raise
             self.failure, self.at.pending = error, False
             return
-        better = self.at.best.update(step, result.loss)
-        self.at.last, self.at.pending = Measured(step, result), False
+        better = self.at.best.update(step, found.result.loss)
+        self.at.last, self.at.pending = Measured(step, found.result), False
         if better and section.keep_best:
             self.at.kept, self.at.kept_values = self.at.last, self.trained.snapshot()
-        event = Evaluated(step, result, better)
+        event = Evaluated(step, found, better)
         self.tell(event)
         metrics.write("eval", event.as_json())
+        self.trackers.log(step, "eval", event.as_json())
+        for question, reply in found.samples:
+            sample = Sampled(step, question.where, reply.text, reply.ended)
+            self.tell(sample)
+            self.directory.append(SAMPLES, {key: value for key, value in sample.as_json().items() if key != "event"})
         if self.at.best.exhausted and step < self._total:
             self.tell(Notice(f"stopped early: no lower held-out loss in {section.patience} evaluations"))
 
-    def _measure(self) -> EvalResult:
+    def _measure(self) -> Measurement:
         with memory_guard("evaluating"):
-            result = self.evaluation()
-        if not math.isfinite(result.loss):
+            found = self.measuring()
+        if not math.isfinite(found.result.loss):
             raise NonFiniteError(
-                f"the held-out loss is {result.loss}", fix="set quantization.compute_dtype to bfloat16 or float32"
+                f"the held-out loss is {found.result.loss}", fix="set quantization.compute_dtype to bfloat16 or float32"
             )
-        return result
+        return found
 
     def _save_if_due(self, stop: Stop, ending: bool) -> None:
         section, step = self.ready.recipe.save, self.at.step

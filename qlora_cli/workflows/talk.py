@@ -19,7 +19,8 @@ from qlora_cli.generation.decoder import Finish
 from qlora_cli.generation.sampling import Decoding
 from qlora_cli.training.guard import memory_guard
 from qlora_cli.workflows.prompts import Prompt, append_row, as_rows
-from qlora_cli.workflows.voices import Ended, Voice, Voices, how_ended
+from qlora_cli.workflows.voice import Ended, Voice, how_ended
+from qlora_cli.workflows.voices import Voices
 
 SEEDS = 2**32
 Pieces = Generator[str, None, None]

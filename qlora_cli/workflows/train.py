@@ -31,6 +31,7 @@ from qlora_cli.training.best import Best
 from qlora_cli.training.checkpoint import Checkpoints
 from qlora_cli.training.guard import memory_guard
 from qlora_cli.training.metrics import cut_metrics
+from qlora_cli.training.trackers import Trackers, check_trackers
 from qlora_cli.workflows.card import Outcome, beside
 from qlora_cli.workflows.changes import Change
 from qlora_cli.workflows.events import Emit, Event, Fact, Notice, Progress, Saved, Stage, size
@@ -41,10 +42,11 @@ from qlora_cli.workflows.plan import Plan
 from qlora_cli.workflows.prepare import Prepared, local_rank, parts, prepare, weights_dtype
 from qlora_cli.workflows.result import TrainResult, finished
 from qlora_cli.workflows.resume import LOCK, Resumed, find_changes, find_checkpoint, resumed
-from qlora_cli.workflows.rundir import RESOLVED, RunDirectory, check_run, check_unused
+from qlora_cli.workflows.rundir import RESOLVED, SAMPLES, RunDirectory, check_run, check_unused
 from qlora_cli.workflows.standing import Standing
 from qlora_cli.workflows.start import start
 from qlora_cli.workflows.steps import Steps
+from qlora_cli.workflows.tracking import trackers_of
 
 
 def run_directory(loaded: LoadedRecipe, output: Path | None) -> Path:
@@ -55,6 +57,7 @@ def run_directory(loaded: LoadedRecipe, output: Path | None) -> Path:
 def plan_train(loaded: LoadedRecipe, output: Path | None, emit: Emit, resume: bool = False) -> Plan:
     """`--dry-run`: everything up to the plan, without reading or downloading a weight, and without writing."""
     path = run_directory(loaded, output)
+    check_trackers(loaded.recipe.log.to)
     if resume and check_run(path):
         found = find_checkpoint(path / "checkpoints", None, emit)
         emit(Notice(f"the run would go on {f'after step {found.step}' if found else 'at its beginning'}"))
@@ -78,6 +81,7 @@ def run_train(
     path, first = run_directory(loaded, output), local_rank() == 0
     if first and not (resume and check_run(path)):
         check_unused(path)
+    check_trackers(loaded.recipe.log.to)
     early: list[Event] = []  # told before there is a log to write them to
 
     def tell(event: Event) -> None:
@@ -192,8 +196,12 @@ class _Run:
     def train(self) -> TrainResult:
         """Everything after the preparation."""
         self._record_inputs()
+        with trackers_of(self.loaded.recipe, self.directory, self.at.step, self.tell) as trackers:
+            return self._train(trackers)
+
+    def _train(self, trackers: Trackers) -> TrainResult:
         model, trained = self._load()
-        self._loop(model, trained)
+        self._loop(model, trained, trackers)
         best = self.at.kept
         if best is not None and best.step != self.at.step:
             trained.restore(self.at.kept_values)
@@ -219,6 +227,7 @@ class _Run:
             directory.json(LOCK, self.lock)
         if directory.metrics_path:
             cut_metrics(directory.metrics_path, self.at.step)
+            cut_metrics(directory.path / SAMPLES, self.at.step)
         if self.resumed is not None:
             directory.append("resumes.jsonl", self.resumed.as_json())
 
@@ -246,13 +255,13 @@ class _Run:
         total = size(held.four_bit_bytes + held.other_bytes)
         self.tell(Fact("loaded", f"{counts}, {total} in all, {seconds:.1f} s"))
 
-    def _loop(self, model: Any, trained: Trained) -> None:
-        job, evaluation = start(model, trained, self.ready, self.ranks, self.tell)
+    def _loop(self, model: Any, trained: Trained, trackers: Trackers) -> None:
+        job, measuring = start(model, trained, self.ready, self.ranks, self.tell)
         if self.resumed is not None:
             job = self.resumed.restore(job, trained, self.at)
         self.directory.status("running", step=self.at.step)
         place = (self.ready, self.resolved, self.ranks, self.directory, self.kept)
-        steps = Steps(*place, self.at, self.tell, job, trained, evaluation)
+        steps = Steps(*place, self.at, self.tell, job, trained, measuring, trackers)
         steps.run()
         self.failure = steps.failure
 

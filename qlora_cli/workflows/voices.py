@@ -1,23 +1,20 @@
 """Who speaks: a base, or one of the adapters on it, each through the template that it was trained with.
 
-Sees a model, its adapters and their recipes. Invariant: a turn is encoded by the very code that encoded the training
-rows, and ends where a training row's answer ended.
+Sees a model, its adapters and their recipes. Invariant: who speaks is encoded and stopped by its own voice, and the
+cache of a conversation never outlives the weights that it was computed with.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qlora_cli.data.conversation import Message
-from qlora_cli.data.formats import RowError
-from qlora_cli.data.turns import TurnEncoder, turn_encoder
-from qlora_cli.errors import DataError
-from qlora_cli.generation.decoder import Completion, Decoder, Finish, complete_all
+from qlora_cli.data.turns import turn_encoder
+from qlora_cli.generation.decoder import Completion, Decoder, Finish
 from qlora_cli.generation.sampling import Decoding, model_decoding
 from qlora_cli.model.adapter import load_into, parted, read_adapter, token_ids
 from qlora_cli.model.decode import FastDecoding
@@ -28,57 +25,7 @@ from qlora_cli.recipe.schema import LoraSection
 from qlora_cli.workflows.events import Emit
 from qlora_cli.workflows.locate import Found, Loaded, load_bare, tokenizer_of
 from qlora_cli.workflows.text import TextStream
-
-Ended = Literal["stop token", "max_new_tokens", "positions", "interrupted"]
-
-
-def how_ended(stopped: bool, tokens: int, decoding: Decoding) -> Ended:
-    """What ended an answer that was not interrupted."""
-    if stopped:
-        return "stop token"
-    return "max_new_tokens" if tokens >= decoding.max_new_tokens else "positions"
-
-
-@dataclass(frozen=True)
-class Voice:
-    """A tokenizer with its template, and what ends a turn in it."""
-
-    tokenizer: Any
-    turns: TurnEncoder
-
-    def text(self, ids: Sequence[int]) -> str:
-        """The tokens as text, without special tokens, and as they were trained: no space is tidied away."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
-
-    def answer(self, ids: Sequence[int]) -> str:
-        """What an answer's tokens say, less what the template puts before every answer."""
-        return self.text(ids).removeprefix(self.turns.lead)
-
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of everything before the next answer. `DataError` for what the template refuses."""
-        try:
-            for message in messages:
-                message.content.encode()
-            return self.turns.prompt(messages)
-        except RowError as error:
-            raise DataError(str(error), fix="leave the system message out, or start a new conversation") from error
-        except UnicodeEncodeError as error:
-            raise DataError(f"the text is not Unicode: {error.reason} (character {error.start + 1})") from error
-
-
-def room(config: Any, used: int) -> int:
-    """Positions that a model of this configuration has left for an answer. `DataError` where there are none."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
-        return sys.maxsize
-    if used >= positions:
-        raise DataError(
-            f"the conversation has {used:,} tokens, and the model was trained for {positions:,} positions",
-            why="past them it computes what nobody has trained, and to cut it would answer another question",
-            fix="shorten it, or start a new conversation",
-        )
-    return int(positions) - used
+from qlora_cli.workflows.voice import Voice, complete, room
 
 
 def voice_of(found: Found, tokenizer: Any) -> Voice:
@@ -197,18 +144,9 @@ class Voices:
             self._fast = FastDecoding.of(self._model)
 
     def complete(self, prompts: Sequence[Sequence[int]], decoding: Decoding, batch_size: int) -> Iterator[Completion]:
-        """Answers to many prompts, in their order. Prompts whose room is less than the limit are answered alone."""
+        """See `complete`."""
         self._hurry()
-        limits = [min(decoding.max_new_tokens, self.room(len(prompt))) for prompt in prompts]
-        start = 0
-        while start < len(prompts):
-            end = start + 1
-            while end < len(prompts) and limits[end] == limits[start]:
-                end += 1
-            limited = replace(decoding, max_new_tokens=limits[start])
-            stop_ids = self.voice.turns.stop_ids
-            yield from complete_all(self._model, prompts[start:end], stop_ids, limited, batch_size)
-            start = end
+        return complete(self._model, prompts, self.voice, decoding, batch_size)
 
 
 def load_voices(found: Mapping[str | None, Found], emit: Emit, allow_changed_base: bool) -> Voices:

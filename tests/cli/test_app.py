@@ -68,6 +68,7 @@ def test_help_names_what_exists_and_nothing_else(capsys: pytest.CaptureFixture[s
         "merge",
         "quantize",
         "show",
+        "report",
         "judge",
         "elo",
         "chat",

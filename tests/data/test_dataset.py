@@ -235,7 +235,7 @@ def test_evaluation_reads_the_very_rows_that_training_held_out(load: Load, tmp_p
     rows = numbered(30)
     data = load(rows, eval_split=6)
     section = DataSection(train=str(tmp_path / "rows.jsonl"), format="text", eval_split=6)
-    again, hashes = load_held_out(section, Setting(tokenizer))
+    again, hashes, _ = load_held_out(section, Setting(tokenizer))
     assert [row.ids.tolist() for row in again] == [row.ids.tolist() for row in data.held_out]
     assert len(again) == 6
     assert hashes == {source.source: source.sha256 for source in data.receipt.sources}
@@ -248,7 +248,7 @@ def test_held_out_rows_may_have_a_file_of_their_own(load: Load, tmp_path: Path, 
     first, second = data.receipt.sources
     assert (first.read, first.kept, first.overlap, second.read, second.held_out) == (5, 2, 3, 3, 3)
     section = DataSection(train="-", format="text", eval=str(path))
-    held, hashes = load_held_out(section, Setting(tokenizer))
+    held, hashes, _ = load_held_out(section, Setting(tokenizer))
     assert texts(held, tokenizer) == ["row 0", "row 1", "row 2"]
     assert hashes == {str(path): second.sha256}
 

@@ -21,7 +21,7 @@ ROWS = [row(5, "a:1"), row(40, "a:2", first=30), row(17, "a:3"), row(17, "a:3", 
 
 
 def losses(sums: list[float], targets: list[int]) -> RowLosses:
-    return RowLosses(tuple(map(str, range(len(sums)))), np.array(sums), np.array(targets))
+    return RowLosses(tuple(map(str, range(len(sums)))), np.array(sums), np.array(targets), np.array(targets))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])

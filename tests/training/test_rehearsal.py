@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from qlora_cli.data.batches import Batching, Order
 from qlora_cli.errors import DeviceMemoryError
+from qlora_cli.model.loss import plain_losses
 from qlora_cli.model.ranks import Ranks
 from qlora_cli.recipe.schema import TrainSection
 from qlora_cli.training.loop import Job, StepReport, train_steps
@@ -109,8 +111,8 @@ def test_rows_that_are_too_long_by_themselves_give_a_max_length_that_fits(base: 
 def test_an_evaluation_is_rehearsed_too(base: Path) -> None:
     job, _ = make_job(base, section())
     with room_for(job, 64), pytest.raises(DeviceMemoryError, match="evaluation"):
-        rehearse_evaluation(job.model, job.loss, ROWS, Batching(6, 24, True), Ranks(CPU))
-    rehearse_evaluation(job.model.train(), job.loss, ROWS, Batching(6, 24, True), Ranks(CPU))
+        rehearse_evaluation(job.model, partial(plain_losses, job.model), [ROWS], Batching(6, 24, True), Ranks(CPU))
+    rehearse_evaluation(job.model.train(), partial(plain_losses, job.model), [ROWS], Batching(6, 24, True), Ranks(CPU))
     assert job.model.training
 
 

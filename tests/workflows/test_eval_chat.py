@@ -61,11 +61,11 @@ def test_eval_of_a_recipe_measures_its_base_and_with_an_adapter_that(
     assert base["loss"] > tuned["loss"] + 0.1
 
 
-def test_eval_says_its_figures_in_one_line(run: Path, capsys: Capture) -> None:
+def test_eval_says_its_figures_in_few_lines(run: Path, capsys: Capture) -> None:
     capsys.readouterr()
     assert main(["eval", str(run)]) == 0
     out = capsys.readouterr().out
-    assert out.count("\n") == 1
+    assert out.count("\n") == 3
     assert f"loss {held_out_loss(run):.4f}" in out
     assert "over 8 tokens of 4 rows" in out
 

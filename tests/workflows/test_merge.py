@@ -89,7 +89,7 @@ def test_plain_transformers_finds_the_loss_that_the_receipt_says(run: Path, trai
     data = recipe_of(run / "adapter").data
     from transformers import AutoTokenizer
 
-    rows, _ = load_held_out(data, Setting(AutoTokenizer.from_pretrained(out)))
+    rows, *_ = load_held_out(data, Setting(AutoTokenizer.from_pretrained(out)))
     batches = [[int(i) for i in row.ids] for row in rows]
     masks = [[bool(t) for t in row.loss] for row in rows]
     (tmp_path / "rows.json").write_text(json.dumps([batches, masks]))

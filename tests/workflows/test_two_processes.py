@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import RECIPE
+from tests.conftest import RECIPE, write_jsonl
 
 UNEVEN = [
     {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "ab" * (1 + i % 5)}]}
@@ -43,7 +43,11 @@ def train(processes: int, recipe: Path, run: Path) -> subprocess.CompletedProces
 def test_two_processes_give_the_losses_and_the_adapter_of_one(
     recipe_file: Callable[..., Path], tmp_path: Path, dropout: float
 ) -> None:
-    text = RECIPE.replace("alpha: 8", f"alpha: 8, dropout: {dropout}") + "eval: {{every: 3, batch_size: 2}}\n"
+    asked = [{"input": f"{i}?\nAnswer:", "output": "ABCD"[i % 4], "subject": "s"} for i in range(5)]
+    choices = write_jsonl(tmp_path / "choices.jsonl", asked)
+    measured = f"metrics: [exact, 'regex:.'], max_new_tokens: 8, samples: [q1], choices: {choices}"
+    evaluation = f"eval: {{{{every: 3, batch_size: 2, {measured}}}}}\n"
+    text = RECIPE.replace("alpha: 8", f"alpha: 8, dropout: {dropout}") + evaluation
     recipe = recipe_file(text, UNEVEN)
     outputs = {count: train(count, recipe, tmp_path / str(count)) for count in (1, 2)}
     assert [done.returncode for done in outputs.values()] == [0, 0], outputs[2].stderr[-3000:]
@@ -53,6 +57,13 @@ def test_two_processes_give_the_losses_and_the_adapter_of_one(
     for a, b in zip(one, two, strict=True):
         assert (a["kind"], a["step"], a["targets"]) == (b["kind"], b["step"], b["targets"])
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+        if a["kind"] == "eval":
+            assert b["scores"] == a["scores"]
+            assert b["choices"]["loss"] == pytest.approx(a["choices"]["loss"], abs=1e-3)
+            assert b["sources"][0]["rows"] == a["sources"][0]["rows"] == 4
+    samples = [(tmp_path / n / "samples.jsonl").read_text() for n in ("1", "2")]
+    assert samples[0] == samples[1]
+    assert samples[0].count("\n") == 2
     adapters = [load_file(tmp_path / n / "adapter/adapter_model.safetensors") for n in ("1", "2")]
     assert all((adapters[0][key] - adapters[1][key]).abs().max() < 1e-4 for key in adapters[0])
     assert outputs[2].stdout.splitlines() == [str(tmp_path / "2/adapter")], "only the first process prints"
