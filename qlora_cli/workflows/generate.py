@@ -26,10 +26,11 @@ from qlora_cli.model.folder import BaseFolder, is_folder
 from qlora_cli.workflows.card import RECIPE_FILE
 from qlora_cli.workflows.chat import check_prompts, find_all, open_talk
 from qlora_cli.workflows.events import Emit, Notice, Stage, duration
-from qlora_cli.workflows.generate_files import AnswerFile, Question, check_output, encoded, locked, read_questions
+from qlora_cli.workflows.generate_files import AnswerFile, Question, check_output, encoded, read_questions
 from qlora_cli.workflows.locate import Found, base_folder, tokenizer_of
 from qlora_cli.workflows.prepare import local_rank
 from qlora_cli.workflows.prompts import Prompt
+from qlora_cli.workflows.runlock import locked
 from qlora_cli.workflows.talk import SEEDS, Talk, encode, instructed
 from qlora_cli.workflows.voice import room
 from qlora_cli.workflows.voices import voice_of

@@ -10,21 +10,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora_cli.data.sources import SourceRow, is_local, read_rows
-from qlora_cli.errors import DataError, Problem, RunDirectoryError
+from qlora_cli.errors import DataError, Problem
 from qlora_cli.files import disk_errors
 from qlora_cli.workflows.events import Emit, Notice
 from qlora_cli.workflows.prompts import Prompt, read_prompts
-
-try:
-    import fcntl
-except ImportError:  # Windows, where the file has no lock
-    fcntl = None  # type: ignore[assignment]
 
 MADE_BY = "made_by"
 ANSWERED: dict[str, type] = {"answer": str, "stopped": bool, "tokens": int}
@@ -175,34 +169,6 @@ class AnswerFile:
                 data = data[self._file.write(data) :]
             os.fsync(self._file.fileno())
         self.rows += rows
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[BinaryIO]:
-    """The file, made where it is not there, for this process alone. `RunDirectoryError` where another one has it."""
-    with disk_errors(path):
-        file = path.open("a+b", buffering=0)  # what could not be written is not tried again at the end
-    with file:
-        with disk_errors(path):
-            free = _taken(file)
-        if not free:
-            raise RunDirectoryError(
-                f"{path} is in use by another process",
-                why="two runs that append to one file would mix their rows",
-                fix="wait until it ends, or name another file with -o",
-            )
-        yield file
-
-
-def _taken(file: BinaryIO) -> bool:
-    """Takes the lock, which ends with the process, however that ends."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

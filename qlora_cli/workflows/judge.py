@@ -125,12 +125,12 @@ def plan_judge(files: tuple[Path, Path], output: Path, wanted: Wanted, emit: Emi
 
 def run_judge(plan: JudgePlan, emit: Emit, patience: Patience | None = None) -> JudgeResult:
     """Asks what is missing. Raises what `Endpoint.ask` raises, with every reply until then kept."""
-    plan.record.open()
-    plan.record.settle(plan.questions)
     spent = _Spent()
-    if tasks := plan.record.missing(plan.questions):
-        endpoint = Endpoint(plan.address, plan.wanted.judge, patience or Patience(), plan.wanted.max_tokens)
-        _ask_all(_Asking(plan, endpoint, tasks), spent, emit)
+    with plan.record.open():
+        plan.record.settle(plan.questions)
+        if tasks := plan.record.missing(plan.questions):
+            endpoint = Endpoint(plan.address, plan.wanted.judge, patience or Patience(), plan.wanted.max_tokens)
+            _ask_all(_Asking(plan, endpoint, tasks), spent, emit)
     tally = GRADINGS[plan.wanted.grade].tally([plan.record.verdicts(question) for question in plan.questions])
     if not tally["judged"]:
         raise MachineError(

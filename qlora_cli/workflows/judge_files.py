@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.data.sources import is_local, raise_all, read_rows
-from qlora_cli.errors import DataError, DiskError, Problem
+from qlora_cli.errors import DataError, DiskError, Problem, RunDirectoryError
 from qlora_cli.evaluation.grading import GRADINGS, Both, Graded, Prompts, Verdict, digest
 from qlora_cli.files import disk_errors
 from qlora_cli.workflows.events import Emit, Notice
 from qlora_cli.workflows.prompts import Prompt, append_row, read_prompts
+from qlora_cli.workflows.runlock import locked
 
 ORDERS = ((0, 1), (1, 0))
 KEYS = ("question_id", "model_a", "model_b", "judge", "prompt", "content")
@@ -146,6 +148,7 @@ class Record:
         self._rows = dict(_read(self.output, emit))
         read = ((key, self._grading.known(row.get("verdict"))) for key, row in _read(self.replies, emit))
         self._verdicts: dict[Key, Verdict] = {key: verdict for key, verdict in read if verdict is not None}
+        self._sized = self._sizes()
 
     def missing(self, questions: Sequence[Question]) -> list[Task]:
         """The orders in which questions have no verdict."""
@@ -175,11 +178,20 @@ class Record:
                 if there[order] is None:
                     self._append(question, order, row)
 
-    def open(self) -> None:
-        """Makes sure that both files can be written, before anything is paid for."""
-        for path in (self.output, self.replies):
-            with disk_errors(path), path.open("ab"):
-                pass
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Both files can be written, and no other process asks for them. `RunDirectoryError` where one does, or has
+        since they were read: what it paid for would be paid for again."""
+        with locked(self.replies):
+            if self._sizes() != self._sized:
+                why = "another process has judged since the estimate"
+                raise RunDirectoryError(f"{self.output} has changed", why=why, fix="give the same command again")
+            with disk_errors(self.output):
+                self.output.open("ab").close()
+            yield
+
+    def _sizes(self) -> list[int]:
+        return [path.stat().st_size if path.exists() else 0 for path in (self.output, self.replies)]
 
     def _append(self, question: Question, order: int, row: Mapping[str, Any]) -> None:
         whole = {**self._fields(question, order), **row}

@@ -1,7 +1,7 @@
-"""One run, one directory: a lock that ends with the process that holds it.
+"""One run, one directory, or one file: locks that end with the process that holds them.
 
-Knows one file. Invariant: at most one process at a time holds the lock of a directory; one that died, however it died,
-holds none. The file stays, since removing it would let two hold locks of the same name; what it says is whose it is.
+Knows one file. Invariant: at most one process at a time holds a lock; one that died, however it died, holds none. The
+file of a directory's lock stays, since removing it would let two hold locks of the same name; it says whose it is.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qlora_cli.errors import RunDirectoryError
 from qlora_cli.files import disk_errors
@@ -80,6 +82,24 @@ def _flock(handle: int, exclusive: bool) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[BinaryIO]:
+    """A file to append to, made where it is not there, for this process alone. `RunDirectoryError` where another one
+    has it."""
+    with disk_errors(path):
+        file = path.open("a+b", buffering=0)  # what could not be written is not tried again at the end
+    with file:
+        with disk_errors(path):
+            free = _flock(file.fileno(), exclusive=True)
+        if not free:
+            raise RunDirectoryError(
+                f"{path} is in use by another process",
+                why="two runs that append to one file would mix their rows",
+                fix="wait until it ends, or name another file with -o",
+            )
+        yield file
 
 
 def is_held(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -18,7 +19,7 @@ import typer
 from typer.testing import CliRunner
 
 from qlora_cli.cli.judge import judge as command
-from qlora_cli.errors import DataError, DiskError, MachineError, QloraError
+from qlora_cli.errors import DataError, DiskError, MachineError, QloraError, RunDirectoryError
 from qlora_cli.evaluation.endpoint import RefusedError
 from qlora_cli.workflows.events import Event
 from qlora_cli.workflows.judge import JudgePlan, JudgeResult, Patience, Price, Wanted, plan_judge, run_judge
@@ -167,6 +168,20 @@ def test_what_was_judged_is_not_asked_again(desk: Desk) -> None:
     assert (third.asked, len(stub.asked)) == (0, 8)
     assert third.tally == second.tally
     assert len(desk.rows()) == 4
+
+
+def test_two_commands_never_pay_for_the_same_questions(desk: Desk) -> None:
+    stub = desk.serve(longer)
+    early = desk.plan()
+    with desk.replies.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RunDirectoryError, match="in use by another process"):
+            desk.run()
+    assert not stub.asked
+    desk.run()
+    with pytest.raises(RunDirectoryError, match="has changed"):
+        run_judge(early, desk.events.append, QUICK)
+    assert len(stub.asked) == 8
 
 
 @pytest.mark.parametrize("kept", ["judgments", "replies"])
