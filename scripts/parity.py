@@ -43,7 +43,7 @@ from parity_study.document import Findings, document  # noqa: E402
 from parity_study.picture import plot  # noqa: E402
 from parity_study.results import Results, best_rates, key, study_runs, sweep_runs, tabulate  # noqa: E402
 
-STEPS, SEEDS, WORKERS = 16, 16, 2
+STEPS, SEEDS, WORKERS = 16, 8, 2
 SWEEP_ROWS_SEED = 1
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
