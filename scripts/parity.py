@@ -1,4 +1,4 @@
-"""The QLoRA paper's claims, tested on the demo's base: storages, ranks, targets, over several seeds.
+"""The QLoRA paper's claims, tested on the demo's base: storages, ranks, targets, at two lengths, over several seeds.
 
     python scripts/parity.py [--seeds N] [--work DIR] [--docs DIR] [--sweep | --report | --smoke]
 
@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from parity_study.design import (  # noqa: E402
     ATTENTION,
     DOUBLE,
     FULL,
+    LENGTHS,
     LINEAR,
     RATES,
     SIXTEEN,
@@ -41,23 +42,23 @@ from parity_study.design import (  # noqa: E402
 )
 from parity_study.document import Findings, document  # noqa: E402
 from parity_study.picture import plot  # noqa: E402
-from parity_study.results import Results, best_rates, key, study_runs, sweep_runs, tabulate  # noqa: E402
+from parity_study.results import Rates, Results, best_rates, key, study_runs, sweep_runs, tabulate  # noqa: E402
 
-STEPS, SEEDS, WORKERS = 16, 8, 2
+SEEDS, WORKERS = 8, 2
 SWEEP_ROWS_SEED = 1
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def full_study(folder: Path, seeds: int) -> Study:
     """The study as the document tells it."""
-    return Study(folder, folder / "base", tuple(configurations()), tuple(range(seeds)), RATES, STEPS)
+    return Study(folder, folder / "base", tuple(configurations()), tuple(range(seeds)), RATES, LENGTHS)
 
 
 def smoke_study(folder: Path) -> Study:
     """A little of everything."""
     chosen = tuple(Configuration(DOUBLE, LINEAR, rank) for rank in (4, 16))
     rates = {LINEAR: (2e-3, 4e-3), ATTENTION: (2e-3,), FULL: (6e-4,)}
-    return Study(folder, folder / "base", chosen, (0, 1), rates, steps=2, train=64, heldout=4, chats=8)
+    return Study(folder, folder / "base", chosen, (0, 1), rates, lengths=(2, 4), train=64, heldout=4, chats=8)
 
 
 def write_rows(study: Study) -> None:
@@ -100,13 +101,13 @@ def pool(study: Study, workers: int) -> ProcessPoolExecutor:
 
 def measure(study: Study, runs: Sequence[Run], results: Results, processes: ProcessPoolExecutor) -> None:
     """Does what is missing. Each result is written as soon as it is there."""
-    missing, started = results.missing(study, runs), time.monotonic()
+    missing, started = results.missing(runs), time.monotonic()
     waiting: dict[Future[dict[str, Any]], Run] = {
         processes.submit(work.train_and_ask, study, run): run for run in missing
     }
     try:
         for number, done in enumerate(as_completed(waiting), 1):
-            name, record = key(study, waiting[done]), done.result()
+            name, record = key(waiting[done]), done.result()
             results.add(name, record)
             told = f"loss {record['loss']:.4f}, exact match {record['accuracy']:.1%}, {record['seconds']:.0f} s"
             left = (time.monotonic() - started) / number * (len(missing) - number) / 60
@@ -130,14 +131,16 @@ def untrained_key(storage: str) -> str:
     return f"untrained; {storage}"
 
 
-def write(study: Study, results: Results, rates: Mapping[str, float], args: argparse.Namespace) -> None:
+def write(study: Study, results: Results, rates: Rates, args: argparse.Namespace) -> None:
     """Document and picture, of what there is."""
     prefix = untrained_key("")
     untrained = {name.removeprefix(prefix): each for name, each in results.found.items() if name.startswith(prefix)}
-    table = tabulate(study, rates, results)
-    command = f"python scripts/parity.py{' --smoke' if args.smoke else f' --seeds {len(table.seeds)}'}"
-    plot(table, args.docs / "parity.png")
-    found = Findings(study, rates, results, table, untrained, command, args.workers)
+    tables = tabulate(study, rates, results)
+    command = (
+        f"python scripts/parity.py{' --smoke' if args.smoke else f' --seeds {len(tables[study.lengths[0]].seeds)}'}"
+    )
+    plot(tables, args.docs / "parity.png")
+    found = Findings(study, rates, results, tables, untrained, command, args.workers)
     (args.docs / "parity.md").write_text(document(found, "parity.png"), encoding="utf-8")
     print(args.docs / "parity.md")
 
@@ -176,7 +179,8 @@ def main() -> int:
                 measure_untrained(study, results, processes)
                 measure(study, study_runs(study, best_rates(study, results)), results, processes)
     rates = best_rates(study, results)
-    print("\n".join(f"{kind}: rate {rate:g}" for kind, rate in rates.items()), file=sys.stderr)
+    for steps, kinds in rates.items():
+        print("\n".join(f"{steps} steps, {kind}: rate {rate:g}" for kind, rate in kinds.items()), file=sys.stderr)
     if not args.sweep:
         write(study, results, rates, args)
     return 0

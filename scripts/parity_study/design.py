@@ -1,4 +1,4 @@
-"""What is compared with what: configurations, learning rates to try, claims.
+"""What is compared with what: configurations, lengths, learning rates to try, claims.
 
 Knows names and recipe keys; nothing of files or results. Invariant: configurations that a claim compares differ in
 what the claim is about, and in the learning rate only where the sweep chose one for each.
@@ -23,9 +23,12 @@ LINEAR, ATTENTION = "all-linear", "attention-only"
 TARGETS = {LINEAR: "all-linear", ATTENTION: "[q_proj,k_proj,v_proj,o_proj]"}
 RANKS = (4, 16, 64)
 SWEPT_RANK = 16
-LORA_RATES = (2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2)
-RATES = {FULL: (3e-4, 4.5e-4, 6e-4, 9e-4, 1.2e-3), LINEAR: LORA_RATES, ATTENTION: LORA_RATES}
-"""Learning rates that the sweep tries, for each kind of configuration."""
+LENGTHS = (16, 48)
+"""Steps of a run, in two lengths: the first shows how fast a configuration learns, the second rather where it ends. The
+first was chosen in trial runs; the second is three times it, and was so before any run of that length."""
+LORA_RATES = (1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2)
+RATES = {FULL: (1.5e-4, 3e-4, 4.5e-4, 6e-4, 9e-4, 1.2e-3), LINEAR: LORA_RATES, ATTENTION: LORA_RATES}
+"""Learning rates that the sweep tries, for each kind of configuration and each length."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Study:
     configurations: tuple[Configuration, ...]
     seeds: tuple[int, ...]
     rates: Mapping[str, tuple[float, ...]]
-    steps: int
+    lengths: tuple[int, ...]
     train: int = 1600
     heldout: int = 200
     chats: int = 300
@@ -81,6 +84,7 @@ class Run:
     """One training run. `rows` names the held-out rows: those of the study, or others for the sweep."""
 
     configuration: Configuration
+    steps: int
     seed: int
     rate: float
     rows: str = "heldout"

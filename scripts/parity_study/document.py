@@ -14,11 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from parity_study.design import FULL, SIXTEEN, SWEPT_RANK, Claim, Study, claims
+from parity_study.design import FULL, SIXTEEN, SWEPT_RANK, Claim, Run, Study, claims
 from parity_study.figures import Interval, interval
-from parity_study.results import Results, Table, key, study_runs, sweep_runs
+from parity_study.results import Rates, Results, Table, key, study_runs, sweep_runs
 from parity_study.text import HEAD, LIMITS, METHOD, SWEEP, UNTRAINED, VERDICTS, prose
 from parity_study.verdict import ACCURACY, LOSS, Measure, agreement, sentence, summary
+
+BEFORE = "before any training"
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,17 @@ class Findings:
     """All that the document tells."""
 
     study: Study
-    rates: Mapping[str, float]
+    rates: Rates
     results: Results
-    table: Table
+    tables: Mapping[int, Table]
     untrained: Mapping[str, Mapping[str, Any]]
     command: str
     workers: int
+
+    @property
+    def first(self) -> Table:
+        """That of the shorter length, for what is the same at every length: seeds, sizes, comparisons."""
+        return self.tables[self.study.lengths[0]]
 
 
 def document(found: Findings, picture: str) -> str:
@@ -49,16 +56,16 @@ def document(found: Findings, picture: str) -> str:
         "## The claims\n",
         prose(VERDICTS),
         *(_claim(found, number, claim) for number, claim in enumerate(claims(), 1)),
-        prose(LIMITS),
+        prose(LIMITS, longest=max(found.study.lengths)),
     ]
     return "\n".join(part for part in parts if part)
 
 
 def _method(found: Findings) -> str:
-    study, table = found.study, found.table
-    count = len(table.seeds) * len(study.configurations)
+    study = found.study
+    count = len(found.first.seeds) * len(study.lengths) * len(study.configurations)
     runs = [*sweep_runs(study), *study_runs(study, found.rates)]
-    done = [found.results.found.get(key(study, run)) for run in runs]
+    done = [found.results.found.get(key(run)) for run in runs]
     minutes, worked = (sum(record[name] for record in done if record) / 60 for name in ("seconds", "worked"))
     names = ("torch", "transformers", "bitsandbytes")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
@@ -73,9 +80,11 @@ def _method(found: Findings) -> str:
         "minutes": f"{minutes / found.workers:.0f}",
         "worked": f"{worked / found.workers:.0f}",
         "workers": found.workers,
-        "steps": study.steps,
+        "shorter": study.lengths[0],
+        "longer": study.lengths[-1],
+        "times": f"{study.lengths[-1] / study.lengths[0]:g}",
         "heldout": study.heldout,
-        "seeds": ", ".join(map(str, table.seeds)),
+        "seeds": ", ".join(map(str, found.first.seeds)),
     }
     return f"    {found.command}\n\n{prose(METHOD, **facts)}"
 
@@ -97,20 +106,35 @@ def _sweep(found: Findings) -> str:
     study = found.study
     rows = []
     for run in sweep_runs(study):
-        kind, record = run.configuration.kind, found.results.found[key(study, run)]
-        taken = "taken" if run.rate == found.rates[kind] else ""
+        kind, record = run.configuration.kind, found.results.found[key(run)]
         label = kind if kind == FULL else f"LoRA, {kind}"
-        rows.append([label, f"{run.rate:g}", f"{record['loss']:.4f}", f"{100 * record['accuracy']:.1f}", taken])
+        told = [f"{record['loss']:.5f}", f"{100 * record['accuracy']:.1f}", _taken(found, run)]
+        rows.append([str(run.steps), label, f"{run.rate:g}", *told])
     text = prose(SWEEP, seed=study.sweep_seed, storage=SIXTEEN, rank=SWEPT_RANK)
-    return f"{text}\n{_rows(['kind', 'rate', 'loss', 'exact match (%)', ''], rows)}"
+    return f"{text}\n{_rows(['steps', 'kind', 'rate', 'loss', 'exact match (%)', ''], rows)}"
+
+
+def _taken(found: Findings, run: Run) -> str:
+    """Whether the sweep chose it, and whether a rate outside of those tried might have been better."""
+    kind = run.configuration.kind
+    if run.rate != found.rates[run.steps][kind]:
+        return ""
+    tried = found.study.rates[kind]
+    return "taken, at the edge of those tried" if run.rate in (min(tried), max(tried)) else "taken"
 
 
 def _table(found: Findings) -> str:
     rows = []
-    for each, size in found.table.parameters.items():
-        told = [measure.told(found.table.interval(measure.name, each)) for measure in (ACCURACY, LOSS)]
-        rows.append([each.name, f"{size:,}", f"{found.rates[each.kind]:g}", *told])
-    return _rows(["configuration", "trained", "rate", "exact match (%)", "held-out loss"], rows)
+    for each, size in found.first.parameters.items():
+        told = [
+            measure.told(table.interval(measure.name, each))
+            for measure in (ACCURACY, LOSS)
+            for table in found.tables.values()
+        ]
+        rates = " / ".join(f"{kinds[each.kind]:g}" for kinds in found.rates.values())
+        rows.append([each.name, f"{size:,}", rates, *told])
+    titles = [f"{title}, {n} steps" for title in ("exact match (%)", "held-out loss") for n in found.tables]
+    return _rows(["configuration", "trained", "rates", *titles], rows)
 
 
 def _untrained(found: Findings) -> str:
@@ -126,28 +150,40 @@ def _untrained(found: Findings) -> str:
 
 
 def _claim(found: Findings, number: int, claim: Claim) -> str:
-    tested = [each for each in claim.comparisons if found.table.has(each)]
-    rows, said = [], []
-    for each in tested:
-        for measure in (LOSS, ACCURACY):
-            of = found.table.difference(measure.name, each)
-            said.append(agreement(of, measure, each.expected))
-            rows.append([each.label, *_told(of, measure), said[-1]])
-    for first, second in claim.stored:
-        if {first, second} <= set(found.untrained):
-            of = _stored(found, first, second)
-            expected = claim.comparisons[0].expected
-            said.append(agreement(of, LOSS, expected))
-            rows.append([f"{first} against {second}, before any training", *_told(of, LOSS), said[-1]])
+    """Its comparisons at each length, and how they came out at each."""
+    rows = [*_trained_rows(found, claim), *_stored_rows(found, claim)]
     if not rows:
         return ""
-    head = ["comparison", "measure", "difference", "verdict", "the claim"]
-    return f"### {number}. {claim.text}\n\n{summary(said).capitalize()} comparisons.\n\n{_rows(head, rows)}"
+    lengths = dict.fromkeys(row[1] for row in rows)
+    came = {steps: summary([row[-1] for row in rows if row[1] == steps]) for steps in lengths}
+    said = "".join(f"- {BEFORE if steps == '0' else f'{steps} steps'}: {told}.\n" for steps, told in came.items())
+    head = ["comparison", "steps", "measure", "difference", "verdict", "the claim"]
+    return f"### {number}. {claim.text}\n\n{said}\n{_rows(head, rows)}"
 
 
-def _told(of: Interval, measure: Measure) -> list[str]:
+def _trained_rows(found: Findings, claim: Claim) -> list[list[str]]:
+    return [
+        _row(each.label, steps, table.difference(measure.name, each), measure, each.expected)
+        for each in claim.comparisons
+        if found.first.has(each)
+        for measure in (LOSS, ACCURACY)
+        for steps, table in found.tables.items()
+    ]
+
+
+def _stored_rows(found: Findings, claim: Claim) -> list[list[str]]:
+    expected = claim.comparisons[0].expected
+    return [
+        _row(f"{first} against {second}, {BEFORE}", 0, _stored(found, first, second), LOSS, expected)
+        for first, second in claim.stored
+        if {first, second} <= set(found.untrained)
+    ]
+
+
+def _row(label: str, steps: int, of: Interval, measure: Measure, expected: str) -> list[str]:
     unit = "points" if measure is ACCURACY else "loss"
-    return [unit, measure.told(of), sentence(of, measure)]
+    told = [unit, measure.told(of), sentence(of, measure)]
+    return [label, str(steps), *told, agreement(of, measure, expected)]
 
 
 def _stored(found: Findings, first: str, second: str) -> Interval:

@@ -5,6 +5,7 @@ Knows matplotlib. Invariant: it shows every seed, and the same means and interva
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,26 @@ from parity_study.verdict import ACCURACY, LOSS, Measure
 COLOURS = {FULL: "#444444", SIXTEEN: "#0072b2", DOUBLE: "#d55e00", NF4: "#e69f00", FP4: "#cc79a7"}
 
 
-def plot(table: Table, path: Path) -> None:
-    """Writes a PNG: one line per configuration, its seeds as dots, mean and 95% interval."""
+def plot(tables: Mapping[int, Table], path: Path) -> None:
+    """Writes a PNG: one line per configuration, its seeds as dots, mean and 95% interval; a panel per measure and
+    length."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = list(table.parameters)
-    figure = Figure(figsize=(11, 1.6 + 0.26 * len(shown)), layout="constrained")
+    panels = [(measure, steps, table) for measure in (ACCURACY, LOSS) for steps, table in tables.items()]
+    shown = list(panels[0][2].parameters)
+    figure = Figure(figsize=(3 + 2.9 * len(panels), 1.8 + 0.26 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, measure in zip(figure.subplots(1, 2, sharey=True), (ACCURACY, LOSS), strict=True):
+    for axes, (measure, steps, table) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
         for height, each in enumerate(shown):
             _line(axes, table, measure, each, height)
+        axes.set_title(f"{steps} steps", fontsize="medium")
         axes.set_xlabel(f"{measure.title} ({measure.unit})")
         axes.grid(axis="x", linewidth=0.4, alpha=0.6)
     axes.set_yticks(range(len(shown)), [each.name for each in shown], fontsize="small")
     axes.invert_yaxis()
-    figure.suptitle(f"{len(table.seeds)} seeds (dots), mean and 95% t interval", fontsize="medium")
+    told = f"{len(table.seeds)} seeds (dots), mean and 95% t interval; each panel has its own scale"
+    figure.suptitle(told, fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=72, pil_kwargs={"optimize": True})
 

@@ -14,10 +14,13 @@ from typing import Any
 from parity_study.design import SIXTEEN, SWEPT_RANK, Comparison, Configuration, Run, Study
 from parity_study.figures import Interval, interval
 
+Rates = Mapping[int, Mapping[str, float]]
+"""By length and kind of configuration."""
 
-def key(study: Study, run: Run) -> str:
+
+def key(run: Run) -> str:
     """All that decides a run's figures, in words."""
-    return f"{run.configuration.name}; seed {run.seed}; rate {run.rate:g}; {study.steps} steps; {run.rows}"
+    return f"{run.configuration.name}; seed {run.seed}; rate {run.rate:g}; {run.steps} steps; {run.rows}"
 
 
 @dataclass
@@ -47,35 +50,46 @@ class Results:
                 file.write(b"\n")
             file.write(json.dumps(self.found[name]).encode() + b"\n")
 
-    def missing(self, study: Study, runs: Sequence[Run]) -> list[Run]:
+    def missing(self, runs: Sequence[Run]) -> list[Run]:
         """Those of `runs` that have not been measured."""
-        return [run for run in runs if key(study, run) not in self.found]
+        return [run for run in runs if key(run) not in self.found]
 
 
 def sweep_runs(study: Study) -> list[Run]:
-    """Each learning rate with 16-bit weights and the middle rank, for each kind of configuration, on rows and with a
-    seed that the study itself does not use."""
+    """Each learning rate with 16-bit weights and the middle rank, for each length and each kind of configuration, on
+    rows and with a seed that the study itself does not use."""
     kinds = {each.kind: Configuration(SIXTEEN, each.targets, SWEPT_RANK) for each in study.configurations}
     chosen = {kind: each if each.targets else Configuration(kind) for kind, each in kinds.items()}
-    return [Run(chosen[kind], study.sweep_seed, rate, "sweep") for kind in chosen for rate in study.rates[kind]]
+    return [
+        Run(chosen[kind], steps, study.sweep_seed, rate, "sweep")
+        for steps in study.lengths
+        for kind in chosen
+        for rate in study.rates[kind]
+    ]
 
 
-def best_rates(study: Study, results: Results) -> dict[str, float]:
-    """The rate with the lowest held-out loss, for each kind."""
-    swept: dict[str, list[tuple[float, float]]] = {}
+def best_rates(study: Study, results: Results) -> dict[int, dict[str, float]]:
+    """The rate with the lowest held-out loss, for each length and each kind."""
+    swept: dict[int, dict[str, list[tuple[float, float]]]] = {steps: {} for steps in study.lengths}
     for run in sweep_runs(study):
-        swept.setdefault(run.configuration.kind, []).append((results.found[key(study, run)]["loss"], run.rate))
-    return {kind: min(tried)[1] for kind, tried in swept.items()}
+        tried = swept[run.steps].setdefault(run.configuration.kind, [])
+        tried.append((results.found[key(run)]["loss"], run.rate))
+    return {steps: {kind: min(tried)[1] for kind, tried in kinds.items()} for steps, kinds in swept.items()}
 
 
-def study_runs(study: Study, rates: Mapping[str, float]) -> list[Run]:
+def study_runs(study: Study, rates: Rates) -> list[Run]:
     """Seed by seed, so that an interrupted study has whole seeds."""
-    return [Run(each, seed, rates[each.kind]) for seed in study.seeds for each in study.configurations]
+    return [
+        Run(each, steps, seed, rates[steps][each.kind])
+        for seed in study.seeds
+        for steps in study.lengths
+        for each in study.configurations
+    ]
 
 
 @dataclass(frozen=True)
 class Table:
-    """One value per configuration and seed, of the seeds that all configurations have."""
+    """One length: a value per configuration and seed, of the seeds that all configurations have at every length."""
 
     seeds: tuple[int, ...]
     values: Mapping[str, Mapping[Configuration, tuple[float, ...]]]
@@ -100,16 +114,21 @@ class Table:
         return [sum(row) / len(row) for row in zip(*columns, strict=True)]
 
 
-def tabulate(study: Study, rates: Mapping[str, float], results: Results) -> Table:
-    """The results of the whole seeds. Raises `SystemExit` where there are fewer than two."""
-    runs = {(run.configuration, run.seed): key(study, run) for run in study_runs(study, rates)}
-    whole = [s for s in study.seeds if all(runs[each, s] in results.found for each in study.configurations)]
+def tabulate(study: Study, rates: Rates, results: Results) -> dict[int, Table]:
+    """The results of the whole seeds, by length. Raises `SystemExit` where there are fewer than two."""
+    runs = study_runs(study, rates)
+    cut = {run.seed for run in results.missing(runs)}
+    whole = tuple(seed for seed in study.seeds if seed not in cut)
     if len(whole) < 2:
         raise SystemExit(f"{results.path} has {len(whole)} whole seeds; an interval needs at least two")
+    found = {(run.steps, run.configuration, run.seed): results.found[key(run)] for run in runs if run.seed in whole}
 
-    def column(each: Configuration, measure: str) -> tuple[float, ...]:
-        return tuple(results.found[runs[each, seed]][measure] for seed in whole)
+    def table(steps: int) -> Table:
+        values = {
+            measure: {each: tuple(found[steps, each, seed][measure] for seed in whole) for each in study.configurations}
+            for measure in ("loss", "accuracy")
+        }
+        sizes = {each: int(found[steps, each, whole[0]]["parameters"]) for each in study.configurations}
+        return Table(whole, values, sizes)
 
-    values = {m: {each: column(each, m) for each in study.configurations} for m in ("loss", "accuracy")}
-    sizes = {each: int(column(each, "parameters")[0]) for each in study.configurations}
-    return Table(tuple(whole), values, sizes)
+    return {steps: table(steps) for steps in study.lengths}

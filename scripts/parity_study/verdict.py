@@ -27,7 +27,7 @@ class Measure:
         return of.text(self.digits, self.scale)
 
 
-LOSS = Measure("loss", "held-out loss", "nats per token", 4, 1, True)
+LOSS = Measure("loss", "held-out loss", "nats per token", 5, 1, True)
 ACCURACY = Measure("accuracy", "exact match", "%", 1, 100, False)
 
 

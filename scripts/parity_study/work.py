@@ -30,7 +30,7 @@ def overrides(study: Study, run: Run) -> list[str]:
         "data.train": study.work / "train.jsonl",
         "data.eval": study.work / f"{run.rows}.jsonl",
         "data.eval_split": "null",
-        "train.steps": study.steps,
+        "train.steps": run.steps,
         "train.lr": run.rate,
         "train.seed": run.seed,
         "eval.batch_size": AT_ONCE,
@@ -59,7 +59,7 @@ def train_and_ask(study: Study, run: Run) -> dict[str, Any]:
 
     quiet_libraries()
     started, worked = time.perf_counter(), time.process_time()
-    name = f"{run.configuration.name} {run.rate:g} {run.seed} {run.rows}".replace(",", "").replace(" ", "-")
+    name = f"{run.configuration.name} {run.steps} {run.rate:g} {run.seed} {run.rows}".replace(",", "").replace(" ", "-")
     folder = study.work / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
     try:
