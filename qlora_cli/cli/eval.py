@@ -5,6 +5,7 @@ Knows its options and two workflows. Invariant: an option that would have no eff
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
@@ -148,7 +149,7 @@ def evaluate(
     `qlora report`.
     """
     said = dict(locals())
-    _check_options({name for name, value in said.items() if value is not None and value is not False}, metric or [])
+    _check_options(said)
 
     from qlora_cli.cli.console import Console
     from qlora_cli.workflows.quiet import quiet_libraries
@@ -179,7 +180,7 @@ def _measure(said: Mapping[str, Any], console: Console) -> None:
     from qlora_cli.workflows.eval import EvalRequest, Measures, run_eval
     from qlora_cli.workflows.eval_text import eval_text
 
-    tasks = tuple(said["lm_eval"].split(",")) if said["lm_eval"] else ()
+    tasks = tuple(map(str.strip, said["lm_eval"].split(","))) if said["lm_eval"] else ()
     metrics = tuple(said["metric"] or ())
     measures = Measures(
         held_out=bool(said["data"] or metrics) or not (said["choices"] or tasks),
@@ -193,8 +194,11 @@ def _measure(said: Mapping[str, Any], console: Console) -> None:
     console.result(eval_text(outcome), outcome.as_json())
 
 
-def _check_options(given: set[str], metrics: list[str]) -> None:
-    """Raises a usage error for options that say nothing together."""
+def _check_options(said: Mapping[str, Any]) -> None:
+    """Raises a usage error for options that say nothing, or nothing together."""
+    given = {name for name, value in said.items() if value is not None and value is not False}
+    if empty := {name for name in given if said[name] == ""}:
+        raise typer.BadParameter(f"an empty name says nothing: {_named(empty)}")
     if "generate" in given:
         idle = given - _GENERATES
         if idle:
@@ -208,11 +212,16 @@ def _check_options(given: set[str], metrics: list[str]) -> None:
             )
     if "max_new_tokens" in given and not given & {"metric", "generate"}:
         raise typer.BadParameter("--max-new-tokens limits the answers of --metric or --generate; give one of them")
-    if "limit" in given and "choices" in given and not given & {"data", "metric", "lm_eval"}:
+    held_out = given & {"data", "metric"} or not given & {"choices", "lm_eval"}
+    if "limit" in given and not held_out and "lm_eval" not in given:
         raise typer.BadParameter("--limit takes held-out rows, or --lm-eval's, but none are measured; leave it out")
+    if "rows" in given and not held_out and "choices" not in given:
+        raise typer.BadParameter("--rows writes held-out or multiple-choice rows, but none are measured; leave it out")
     if "overwrite" in given and not given & {"output", "rows"}:
         raise typer.BadParameter("--overwrite replaces the files of --output and --rows; give one of them")
-    for problem in filter(None, map(metric_problem, metrics)):
+    if {"output", "rows"} <= given and os.path.realpath(said["output"]) == os.path.realpath(said["rows"]):
+        raise typer.BadParameter("--output and --rows name the same file; name another for one of them")
+    for problem in filter(None, map(metric_problem, said["metric"] or ())):
         raise typer.BadParameter(f"--metric {problem}")
 
 
@@ -223,4 +232,4 @@ _NEEDS = {"generate": {"decoding", "seed"}, "lm_eval": {"task_dir", "chat_templa
 
 
 def _named(options: set[str]) -> str:
-    return ", ".join("--" + name.replace("_", "-") for name in sorted(options))
+    return ", ".join("TARGET" if name == "target" else "--" + name.replace("_", "-") for name in sorted(options))

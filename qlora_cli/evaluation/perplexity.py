@@ -7,8 +7,9 @@ model in the mode and with the weights that it had.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from qlora_cli.data.batches import Batching
 from qlora_cli.data.encode import Encoded
 from qlora_cli.data.store import Rows
+from qlora_cli.errors import NonFiniteError
 from qlora_cli.model.loss import TargetLosses
 from qlora_cli.model.ranks import Ranks
 
@@ -30,6 +32,10 @@ AT_ONCE = 1024
 """Rows that are packed together."""
 LARGEST_EXPONENT = 700
 """Beyond it, exp() overflows."""
+BROKEN = "\ufffd"
+"""What a byte of a character is decoded as, where the rest of it is missing."""
+NAMED = 3
+"""Rows that an error names, of those it is about."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,21 @@ class HeldOut:
 
     @cached_property
     def listed(self) -> list[Encoded]:
-        """The sequences, each made once."""
-        return list(self.rows)
+        """The sequences, each made once. Where several sources read the same rows, `where` names the source too."""
+        rows, readers = list(self.rows), defaultdict[str, set[int]](set)
+        for row, source in zip(rows, self.source.tolist(), strict=True):
+            readers[row.where].add(source)
+        pairs = zip(rows, self.source.tolist(), strict=True)
+        return [
+            replace(row, where=f"{row.where} ({self.names[source]})") if len(readers[row.where]) > 1 else row
+            for row, source in pairs
+        ]
+
+    @cached_property
+    def owners(self) -> Counts:
+        """Of each sequence, the number of the row that it was made of."""
+        numbers = {where: number for number, where in enumerate(dict.fromkeys(row.where for row in self.listed))}
+        return np.array([numbers[row.where] for row in self.listed], np.int64)
 
     @cached_property
     def tokens(self) -> Counts:
@@ -128,8 +147,12 @@ class HeldOut:
     @cached_property
     def bytes(self) -> Counts:
         """Of each sequence, UTF-8 bytes of its targets' text."""
-        texts = [self.decode(row.ids[1:][row.loss[1:]].tolist()) for row in self.listed]
-        return np.array([len(text.encode()) for text in texts], np.int64)
+        return np.array([_size(self.decode(row.ids[1:][row.loss[1:]].tolist())) for row in self.listed], np.int64)
+
+    @property
+    def count(self) -> int:
+        """Rows, of which some may have become several sequences."""
+        return int(self.owners.max()) + 1
 
     def result(self, sums: Floats) -> EvalResult:
         """The figures, from each sequence's summed loss."""
@@ -140,13 +163,33 @@ class HeldOut:
 
     def _figures(self, sums: Floats, chosen: NDArray[np.bool_]) -> Figures:
         targets = int(self.targets[chosen].sum())
-        loss = math.fsum(sums[chosen]) / targets
-        return Figures(loss, int(chosen.sum()), int(self.tokens[chosen].sum()), targets, int(self.bytes[chosen].sum()))
+        loss, rows = math.fsum(sums[chosen]) / targets, len(np.unique(self.owners[chosen]))
+        return Figures(loss, rows, int(self.tokens[chosen].sum()), targets, int(self.bytes[chosen].sum()))
+
+
+def _size(text: str) -> int:
+    """Bytes in UTF-8. Of a character that an end of the text cuts through, those that are there."""
+    whole = text.strip(BROKEN)
+    return len(whole.encode()) + len(text) - len(whole)
 
 
 def evaluate(model: Any, losses: TargetLosses, held: HeldOut, batching: Batching, ranks: Ranks) -> EvalResult:
-    """Token-weighted loss of `model` on rows, shared among the processes."""
-    return held.result(sequence_losses(model, losses, held.listed, batching, ranks))
+    """Token-weighted loss of `model` on rows, shared among the processes. See `check_finite`."""
+    sums = sequence_losses(model, losses, held.listed, batching, ranks)
+    check_finite(held, sums)
+    return held.result(sums)
+
+
+def check_finite(held: HeldOut, sums: Floats) -> None:
+    """Raises `NonFiniteError`, with the rows, where the loss of some is no number."""
+    bad = list(dict.fromkeys(held.listed[place].where for place in np.flatnonzero(~np.isfinite(sums))))
+    if bad:
+        named = ", ".join(bad[:NAMED]) + (" ..." if len(bad) > NAMED else "")
+        raise NonFiniteError(
+            f"the loss of {len(bad):,} of {held.count:,} held-out rows is not a finite number: {named}",
+            why="the weights hold such numbers, or an activation overflows",
+            fix="check the weights; if they are good, set quantization.compute_dtype to bfloat16 or float32",
+        )
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ said; where the models do not share their tokens, the unit is one that does not 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,9 +73,16 @@ def _loss_gap(first: Side, second: Side) -> LossGap | None:
     if one is None or other is None or first.held is None or second.held is None:
         return None
     mine, theirs = _paired(one.where, other.where)
-    unit: Unit = "nats per token" if _same_tokens(first.held, second.held) else "bits per byte"
+    unpaired = len(one.where) + len(other.where) - 2 * len(mine)
+    unit: Unit = "nats per token"
+    if not _same_tokens(first.held, second.held, set(one.where) & set(other.where)):
+        unit = "bits per byte"
+        sized = [(a, b) for a, b in zip(mine, theirs, strict=True) if one.bytes[a] and other.bytes[b]]
+        if not sized:  # answers of special tokens alone
+            return None
+        mine, theirs = [a for a, _ in sized], [b for _, b in sized]
     gap = difference(_ratio(other, theirs, unit), _ratio(one, mine, unit))
-    return LossGap(gap, unit, len(mine), len(one.where) + len(other.where) - 2 * len(mine))
+    return LossGap(gap, unit, len(mine), unpaired)
 
 
 def _ratio(losses: RowLosses, chosen: Sequence[int], unit: Unit) -> Ratio:
@@ -97,12 +104,13 @@ def _paired(one: Sequence[str], other: Sequence[str]) -> tuple[list[int], list[i
     return [mine for mine, _ in both], [theirs for _, theirs in both]
 
 
-def _same_tokens(first: HeldOut, second: HeldOut) -> bool:
-    """Whether both models read the very same tokens, with the same targets."""
-    if len(first.listed) != len(second.listed):
-        return False
-    pairs = zip(first.listed, second.listed, strict=True)
-    return all(a.where == b.where and np.array_equal(a.ids, b.ids) and np.array_equal(a.loss, b.loss) for a, b in pairs)
+def _same_tokens(first: HeldOut, second: HeldOut, both: Collection[str]) -> bool:
+    """Whether both models read the very same tokens of the rows that both have, with the same targets."""
+    mine, theirs = ([row for row in held.listed if row.where in both] for held in (first, second))
+    return len(mine) == len(theirs) and all(
+        a.where == b.where and np.array_equal(a.ids, b.ids) and np.array_equal(a.loss, b.loss)
+        for a, b in zip(mine, theirs, strict=True)
+    )
 
 
 def _compared(first: Score, second: Score, mine: Sequence[str], theirs: Sequence[str]) -> Compared:

@@ -6,8 +6,10 @@ models are compared on the same ones.
 
 from __future__ import annotations
 
-import time
+import os
+import tempfile
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,16 @@ from qlora_cli.workflows.against import Against, against
 from qlora_cli.workflows.card import RECIPE_FILE
 from qlora_cli.workflows.eval_rows import write_rows
 from qlora_cli.workflows.events import Emit, Notice
-from qlora_cli.workflows.locate import NO_ROWS, Found, find, is_model
-from qlora_cli.workflows.rundir import STATUS
+from qlora_cli.workflows.locate import NO_ROWS, Found, find
+from qlora_cli.workflows.rundir import RESOLVED, STATUS
 from qlora_cli.workflows.sides import Measures, Side, measure
 
 BASE = "base"
 """What `--against` calls the model before training."""
 EVALUATIONS = "evaluations"
 """The folder of a run directory that keeps its evaluations."""
+WRITTEN = (b'{\n  "event": "result"', b'{"kind": "row"', b'{"kind": "choice"')
+"""What the files that this command writes begin with."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def _model(side: Side) -> dict[str, Any]:
 
 
 def _figures(side: Side) -> dict[str, Any]:
-    found = side.result.as_json() if side.result else {}
+    found = {**side.result.as_json(), "lost": side.lost} if side.result else {}
     found |= {"scores": [score.as_json() for score in side.answers.scores]} if side.answers else {}
     found |= {"choices": side.choices.as_json()} if side.choices else {}
     tasks = side.tasks
@@ -110,21 +114,29 @@ def run_eval(request: EvalRequest, emit: Emit) -> EvalOutcome:
         apart = against(side, second)
     losses = side.losses
     bounds = interval(Ratio(losses.sums, losses.targets)) if losses is not None else None
-    created = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    created = datetime.now(timezone.utc).isoformat(timespec="microseconds")
     outcome = EvalOutcome(request.target, side, second, apart, bounds, created)
     _write(request, outcome, emit)
     return outcome
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Raises `DiskError` where a result has no place."""
-    if path.is_dir() or (path.exists() and not overwrite):
-        what = "is a folder" if path.is_dir() else "exists"
-        raise DiskError(
-            f"cannot write {path}: it {what}", fix="name another file" + ", or add --overwrite" * path.is_file()
-        )
-    with disk_errors(path):
+    """Raises `DiskError` where a result has no place: no file can be written there, or there is one. With `overwrite`
+    it may be one that this command wrote; never one of a run, or rows."""
+    with disk_errors(path.parent):
+        ours = path.is_file() and _is_ours(path)
+        if path.exists() and not (ours and overwrite):
+            what = "is a folder" if path.is_dir() else "exists" if ours else "exists, and is no result of an evaluation"
+            raise DiskError(f"cannot write {path}: it {what}", fix="name another file" + ", or add --overwrite" * ours)
         path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=f".tmp-{path.name}-", dir=path.parent):
+            pass  # it can be written: better known now than when all is measured
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this command wrote it, or nothing stands in it."""
+    with path.open("rb") as file:
+        return (file.read(max(map(len, WRITTEN))) or WRITTEN[0]).startswith(WRITTEN)
 
 
 def _write(request: EvalRequest, outcome: EvalOutcome, emit: Emit) -> None:
@@ -137,7 +149,7 @@ def _write(request: EvalRequest, outcome: EvalOutcome, emit: Emit) -> None:
     run = Path(request.target)
     if request.adapter is not None or not (is_folder(run) and (run / STATUS).is_file()):
         return
-    place = run / EVALUATIONS / f"{outcome.created[:19].replace(':', '-')}.json"
+    place = run / EVALUATIONS / f"{outcome.created.removesuffix('+00:00').replace(':', '-')}.json"
     try:
         with disk_errors(place):
             place.parent.mkdir(exist_ok=True)
@@ -147,26 +159,39 @@ def _write(request: EvalRequest, outcome: EvalOutcome, emit: Emit) -> None:
 
 
 def _find(request: EvalRequest) -> Found:
-    """A run's own recipe, a model, or a recipe file; with `adapter`, its rows on the base and template of that."""
-    path, adapter = Path(request.target), request.adapter
-    named = is_folder(path) or not _is_recipe(request.target)
-    if adapter is not None:
-        rows = find(request.target, None).recipe if is_folder(path) else load_recipe(request.target).recipe
-        return _with_rows_of(find(None, adapter), rows)
-    found = find(request.target, None) if named else _base_of(load_recipe(request.target).recipe)
-    bare = is_model(path) and not (path / RECIPE_FILE).is_file()
-    if (bare or not is_folder(path)) and named and request.measures.held_out and request.data is None:
+    """A run's own recipe, a model, or a recipe file; or what `adapter` makes of it."""
+    target = request.target
+    if request.adapter is not None:
+        return _adapted(target, request.adapter)
+    if _is_recipe(target):
+        return _base_of(load_recipe(target).recipe)
+    found = find(target, None)
+    if found.recipe.data.train == NO_ROWS and request.measures.held_out and request.data is None:
         raise ModelError(
-            f"{request.target} is a model without {RECIPE_FILE}",
+            f"{target} is a model without {RECIPE_FILE}",
             why="eval takes rows from a run, a merged model or a recipe",
-            fix=f"name rows with --data FILE, or a recipe with model.base: {request.target}",
+            fix=f"name rows with --data FILE, or a recipe with model.base: {target}",
         )
     return found
 
 
+def _adapted(target: str, adapter: Path) -> Found:
+    """An adapter on the rows of a run or a recipe, with the base and template that it was trained with; or with its own
+    rows on a model that has none, as its base."""
+    resolved = Path(target) / RESOLVED
+    if _is_recipe(target):
+        rows = load_recipe(target).recipe
+    elif resolved.is_file():  # a run, which may have come to no adapter yet
+        rows = read_resolved(resolved)
+    else:
+        rows = find(target, None).recipe
+    return find(target, adapter) if rows.data.train == NO_ROWS else _with_rows_of(find(None, adapter), rows)
+
+
 def _is_recipe(target: str) -> bool:
-    """Whether it is to be read as a recipe: a file, or a name without the slash of a Hub id."""
-    return Path(target).suffix.lower() in {".yaml", ".yml"} or Path(target).is_file() or "/" not in target
+    """Whether it is to be read as a recipe: a file, or a name without the slash of a Hub id, but no folder's."""
+    written = target.lower().endswith((".yaml", ".yml")) or os.path.isfile(target)  # noqa: PTH113 - takes any name
+    return not is_folder(Path(target)) and (written or "/" not in target)
 
 
 def _base_of(recipe: Recipe) -> Found:

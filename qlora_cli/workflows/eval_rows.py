@@ -50,7 +50,7 @@ def _rows(side: Side) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
 
 
 def _replies(side: Side) -> dict[str, dict[str, Any]]:
-    """By the place of the row. Of a row that became several sequences, the last."""
+    """By the place of the row."""
     if side.answers is None:
         return {}
     found = {}

@@ -47,6 +47,8 @@ def _figures(side: Side) -> Iterator[str]:
         yield f"  {result.line()}"
         if len(result.sources) > 1:
             yield from ("    " + line for line in _sources(side).splitlines())
+    if side.lost:
+        yield "  of the rows that were read: " + ", ".join(f"{count:,} {why}" for why, count in side.lost.items())
     if side.answers is not None:
         yield from (f"  {score.line()}" for score in side.answers.scores)
         if side.answers.unended:

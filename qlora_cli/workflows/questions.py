@@ -57,11 +57,11 @@ class Answers:
 
 
 def questions_of(held: HeldOut, voice: Voice, most: int | None = None) -> tuple[tuple[Question, ...], int]:
-    """(the questions of the first `most` rows that are some, how many rows before are none). `DataError` where no row
-    is one."""
+    """(the questions of the first `most` rows that are some, how many rows before are none). Of a row that became
+    several sequences, the last is asked. `DataError` where no row is one."""
     found: list[Question] = []
     left_out = 0
-    for row in held.rows:
+    for row in {row.where: row for row in held.listed}.values():
         question = _question(row, voice)
         if question is None:
             left_out += 1
@@ -72,23 +72,25 @@ def questions_of(held: HeldOut, voice: Voice, most: int | None = None) -> tuple[
     if not found:
         raise DataError(
             "no held-out row has a prompt with an answer, so there is nothing to generate",
-            why="texts without turns, or answers cut off at data.max_length",
-            fix="leave the metrics out (loss and perplexity need no prompts), or hold out rows with turns",
+            why="texts without turns, answers cut off at data.max_length, or loss on the prompts too",
+            fix="leave the metrics out (loss and perplexity need no prompts), or hold out rows with turns whose "
+            "answers alone carry loss (data.loss_on)",
         )
     return tuple(found), left_out
 
 
 def _question(row: Encoded, voice: Voice) -> Question | None:
-    """The last run of tokens that carry loss, and all before it; None where that is no answer to a prompt: it begins
-    the row, or no stop token ends it. (With `loss_on: completion` it may hold several turns; the first one counts.)"""
+    """The last run of tokens that carry loss, and all before it; None where that is no answer to a prompt: nothing but
+    BOS stands before it, or no stop token ends it. (With `loss_on: completion` it may hold several turns; the first
+    one counts.)"""
     marked = np.flatnonzero(row.loss)
     gaps = np.flatnonzero(np.diff(marked) > 1)
     start = int(marked[gaps[-1] + 1 if len(gaps) else 0])
-    answer = row.ids[start : int(marked[-1]) + 1].tolist()
+    prompt, answer = row.ids[:start].tolist(), row.ids[start : int(marked[-1]) + 1].tolist()
     end = next((i for i, token in enumerate(answer) if token in voice.turns.stop_ids), None)
-    if start == 0 or end is None or not row.loss[start:].any():
+    if end is None or {voice.turns.bos_id}.issuperset(prompt):
         return None
-    return Question(row.where, tuple(row.ids[:start].tolist()), voice.answer(answer[:end]))
+    return Question(row.where, tuple(prompt), voice.answer(answer[:end]))
 
 
 def ask(

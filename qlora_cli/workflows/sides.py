@@ -7,26 +7,31 @@ are those that training itself would have measured.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.data.batches import Batching
-from qlora_cli.data.dataset import HeldRows, load_held_out
+from qlora_cli.data.counting import fates
+from qlora_cli.data.dataset import load_held_out
+from qlora_cli.data.encode import Encoded
+from qlora_cli.data.store import KEPT, Store
+from qlora_cli.data.templates import apply_template
 from qlora_cli.data.turns import encoder_of
-from qlora_cli.errors import NonFiniteError
 from qlora_cli.evaluation.choice_rows import EncodedQuestions, encode_questions, read_questions
 from qlora_cli.evaluation.choices import ChoiceResult, evaluate_choices
 from qlora_cli.evaluation.harness import Harness, HarnessResult, run_tasks
 from qlora_cli.evaluation.harness_tasks import Tasks, check_harness, check_tasks
 from qlora_cli.evaluation.paired import RowLosses
-from qlora_cli.evaluation.perplexity import EvalResult, Floats, HeldOut, sequence_losses
+from qlora_cli.evaluation.perplexity import EvalResult, Floats, HeldOut, check_finite, sequence_losses
 from qlora_cli.generation.sampling import Decoding
 from qlora_cli.model.base import load_config
 from qlora_cli.model.engine import build_engine
 from qlora_cli.model.ranks import Ranks
 from qlora_cli.model.tokens import make_room
+from qlora_cli.recipe.schema import DataSection
 from qlora_cli.training.guard import memory_guard
 from qlora_cli.workflows.events import Emit, Stage
 from qlora_cli.workflows.locate import Found, Loaded, base_folder, load_model, tell_changes, tokenizer_of
@@ -64,6 +69,8 @@ class Side:
     held: HeldOut | None = None
     sums: Floats | None = None
     answers: Answers | None = None
+    lost: Mapping[str, int] = field(default_factory=dict)
+    """How many of the rows that were read for it were dropped, or cut, and why."""
     left_out: int = 0
     """Rows that are no question."""
     choices: ChoiceResult | None = None
@@ -89,12 +96,13 @@ class _Asked:
     tokenizer: Any
     data: str = ""
     held: HeldOut | None = None
+    lost: Mapping[str, int] = field(default_factory=dict)
     voice: Voice | None = None
     questions: Sequence[Question] = ()
     left_out: int = 0
     choices: EncodedQuestions | None = None
     tasks: Tasks | None = None
-    longest: int = field(default=0, kw_only=True)
+    longest: int = 0
 
 
 def measure(name: str, found: Found, wanted: Measures, emit: Emit, allow_changed_base: bool) -> Side:
@@ -105,7 +113,7 @@ def measure(name: str, found: Found, wanted: Measures, emit: Emit, allow_changed
         loaded = load_model(found, emit, allow_changed_base)
         if found.adapter is None:  # a bare base has no embeddings yet of the tokens that the recipe adds
             make_room(loaded.model, len(asked.tokenizer))
-    side = Side(name, found, asked.data, asked.held, left_out=asked.left_out)
+    side = Side(name, found, asked.data, asked.held, lost=asked.lost, left_out=asked.left_out)
     for part in (_losses, _answers, _choices, _tasks):
         with memory_guard("evaluating"):
             side = part(side, asked, loaded, wanted, emit)
@@ -126,6 +134,8 @@ def _asked(found: Found, wanted: Measures, emit: Emit) -> _Asked:
         asked = _with_rows(asked, found, wanted, emit)
     if wanted.tasks:
         emit(Stage("reading the tasks of lm-evaluation-harness"))
+        if wanted.chat_template:
+            _set_template(tokenizer, found.recipe.data)
         asked = replace(asked, tasks=check_tasks(wanted.tasks, wanted.task_dir))
     return asked
 
@@ -133,41 +143,52 @@ def _asked(found: Found, wanted: Measures, emit: Emit) -> _Asked:
 def _with_rows(asked: _Asked, found: Found, wanted: Measures, emit: Emit) -> _Asked:
     data = found.recipe.data
     data = data.model_copy(update={"max_length": min(data.max_length, asked.longest)})
-    rows: HeldRows = load_held_out(data, setting_of(found.recipe, asked.tokenizer, emit))
+    rows, digests, chosen = load_held_out(data, setting_of(found.recipe, asked.tokenizer, emit))
     if found.adapter is not None:
-        tell_changes("data", rows.digests, found.adapter, emit)
-    voice = Voice(asked.tokenizer, encoder_of(asked.tokenizer, rows.chosen))
-    count = len(rows.rows) if wanted.limit is None else wanted.limit
-    held = HeldOut(rows.rows[:count], rows.rows.sources[:count], rows.rows.names, voice.text)
-    questions, left_out = questions_of(held, voice) if wanted.metrics else ((), 0)
-    return replace(asked, data=data.eval or data.title, held=held, voice=voice, questions=questions, left_out=left_out)
+        tell_changes("data", digests, found.adapter, emit)
+    voice = Voice(asked.tokenizer, encoder_of(asked.tokenizer, chosen))
+    count = len(rows) if wanted.limit is None else _sequences(rows, wanted.limit)
+    held = HeldOut(rows[:count], rows.sources[:count], rows.names, voice.text)
+    asked = replace(asked, data=data.eval or data.title, held=held, lost=_lost(rows.stores), voice=voice)
+    if not wanted.metrics:
+        return asked
+    questions, left_out = questions_of(held, voice)
+    return replace(asked, questions=questions, left_out=left_out)
+
+
+def _sequences(rows: Sequence[Encoded], limit: int) -> int:
+    """How many sequences the first `limit` rows became."""
+    seen = set[str]()
+    for count, row in enumerate(rows):
+        seen.add(row.where)
+        if len(seen) > limit:
+            return count
+    return len(rows)
+
+
+def _lost(stores: Sequence[Store]) -> dict[str, int]:
+    met = Counter[str]()
+    for store in stores:
+        met.update(fates(store))
+    return {fate: count for fate, count in met.items() if fate != KEPT}
+
+
+def _set_template(tokenizer: Any, data: DataSection) -> None:
+    """The recipe's, where it names one: a base's tokenizer has its own."""
+    apply_template(tokenizer, data.template, "messages" if data.format == "auto" else data.format, data.new_tokens)
 
 
 def _losses(side: Side, asked: _Asked, loaded: Loaded, wanted: Measures, emit: Emit) -> Side:
     held = asked.held
     if held is None:
         return side
-    emit(Stage(f"evaluating on {len(held.rows):,} held-out rows"))
+    emit(Stage(f"evaluating on {held.count:,} held-out rows"))
     recipe = loaded.recipe
     engine = build_engine(loaded.model, (), compiled=False)
     batching = Batching(wanted.batch_size or recipe.eval.batch_size, recipe.data.max_length, engine.packs)
     sums = sequence_losses(loaded.model, engine.losses, held.listed, batching, Ranks(loaded.device))
-    side = replace(side, sums=sums)
-    _check_finite(side)
-    return side
-
-
-def _check_finite(side: Side) -> None:
-    losses = side.losses
-    assert losses is not None
-    bad = [where for where, value in zip(losses.where, losses.sums, strict=True) if not abs(value) < float("inf")]
-    if bad:
-        raise NonFiniteError(
-            f"the loss of {len(bad):,} of {len(losses.where):,} rows is not a finite number",
-            why="the weights hold such numbers, or an activation overflows",
-            fix="check the weights; if they are good, set quantization.compute_dtype to bfloat16 or float32",
-            where=bad[0],
-        )
+    check_finite(held, sums)
+    return replace(side, sums=sums)
 
 
 def _answers(side: Side, asked: _Asked, loaded: Loaded, wanted: Measures, emit: Emit) -> Side:

@@ -12,7 +12,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-from qlora_cli.errors import NonFiniteError, QloraError
+from qlora_cli.errors import QloraError
 from qlora_cli.model.device import peak_memory
 from qlora_cli.model.ranks import Ranks
 from qlora_cli.model.trained import Trained
@@ -25,7 +25,7 @@ from qlora_cli.training.stop import Stop, StopNowError
 from qlora_cli.training.trackers import Trackers
 from qlora_cli.workflows.card import Outcome, beside
 from qlora_cli.workflows.events import Emit, Evaluated, Notice, Progress, Sampled, Saved, Stage
-from qlora_cli.workflows.measuring import Measurement, Measuring
+from qlora_cli.workflows.measuring import Measuring
 from qlora_cli.workflows.prepare import Prepared
 from qlora_cli.workflows.rundir import SAMPLES, RunDirectory
 from qlora_cli.workflows.standing import Measured, Standing
@@ -103,11 +103,11 @@ class Steps:
 
     def _evaluate(self, metrics: MetricsFile, stop: Stop) -> None:
         """The evaluation that is pending. A signal leaves it so."""
-        section, rows, step = self.ready.recipe.eval, self.ready.data.held_out, self.at.step
-        self.tell(Stage(f"evaluating on {len(rows):,} held-out rows"))
+        section, step = self.ready.recipe.eval, self.at.step
+        self.tell(Stage(f"evaluating on {self.measuring.asked.held.count:,} held-out rows"))
         try:
-            with stop.impatient() if self.ranks.count == 1 else nullcontext():
-                found = self._measure()
+            with stop.impatient() if self.ranks.count == 1 else nullcontext(), memory_guard("evaluating"):
+                found = self.measuring()
         except StopNowError:
             return
         except QloraError as error:
@@ -129,15 +129,6 @@ class Steps:
             self.directory.append(SAMPLES, {key: value for key, value in sample.as_json().items() if key != "event"})
         if self.at.best.exhausted and step < self._total:
             self.tell(Notice(f"stopped early: no lower held-out loss in {section.patience} evaluations"))
-
-    def _measure(self) -> Measurement:
-        with memory_guard("evaluating"):
-            found = self.measuring()
-        if not math.isfinite(found.result.loss):
-            raise NonFiniteError(
-                f"the held-out loss is {found.result.loss}", fix="set quantization.compute_dtype to bfloat16 or float32"
-            )
-        return found
 
     def _save_if_due(self, stop: Stop, ending: bool) -> None:
         section, step = self.ready.recipe.save, self.at.step

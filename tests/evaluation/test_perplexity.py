@@ -79,6 +79,16 @@ def test_bits_per_byte_count_what_the_targets_say_and_each_source_stands_alone(b
     assert EvalResult.read(result.as_json()) == result
 
 
+def test_a_character_that_is_cut_counts_the_bytes_that_are_there(tokenizer: Any) -> None:
+    ids = np.array(tokenizer("\u20acab\u20ac", add_special_tokens=False).input_ids, np.int32)
+    assert len(ids) == 3 + 1 + 1 + 3
+    for start, stop in ((0, 8), (0, 7), (1, 6), (2, 5)):
+        loss = np.ones(stop - start, np.bool_)
+        held = HeldOut([Encoded(ids[start:stop], loss, "")], np.zeros(1, np.int64), ("rows",), tokenizer.decode)
+        lost_at_the_end = {7: 1}.get(stop, 0)  # two of three bytes are decoded as one sign
+        assert held.bytes.tolist() == [stop - start - 1 - lost_at_the_end]
+
+
 def test_a_packed_evaluation_gives_each_row_the_loss_that_it_has_alone(base: Path) -> None:
     model = adapted(base)[0]
     engine = build_engine(model, (), compiled=False)

@@ -18,7 +18,7 @@ from tests.workflows.test_train import Recipe, train, weights
 def test_a_last_evaluation_that_fails_does_not_lose_what_was_trained(
     recipe_file: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import qlora_cli.workflows.start as workflow
+    import qlora_cli.workflows.measuring as workflow
 
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("planted")
