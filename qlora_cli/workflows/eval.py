@@ -165,7 +165,7 @@ def _find(request: EvalRequest) -> Found:
         return _adapted(target, request.adapter)
     if _is_recipe(target):
         return _base_of(load_recipe(target).recipe)
-    found = find(target, None)
+    found = _named(target)
     if found.recipe.data.train == NO_ROWS and request.measures.held_out and request.data is None:
         raise ModelError(
             f"{target} is a model without {RECIPE_FILE}",
@@ -173,6 +173,17 @@ def _find(request: EvalRequest) -> Found:
             fix=f"name rows with --data FILE, or a recipe with model.base: {target}",
         )
     return found
+
+
+def _named(target: str) -> Found:
+    """A run or a model. A name that is neither may have been meant for a recipe."""
+    try:
+        return find(target, None)
+    except ModelError as error:
+        problem = error.problems[0]
+        if is_folder(Path(target)) or not problem.fix:
+            raise
+        raise ModelError(problem.what, why=problem.why, fix=f"{problem.fix}, or a recipe (.yaml)") from error
 
 
 def _adapted(target: str, adapter: Path) -> Found:
