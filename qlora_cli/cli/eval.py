@@ -40,6 +40,10 @@ Data = Annotated[
         "--data", metavar="FILE", help="Measure on these rows (the recipe's format) instead of its held-out ones."
     ),
 ]
+Format = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--format", metavar="NAME", help="Shape of --data's rows, where it is not the recipe's."),
+]
 Against = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
@@ -123,6 +127,7 @@ def evaluate(
     target: Target,
     adapter: Adapter = None,
     data: Data = None,
+    format_: Format = None,
     against: Against = None,
     metric: Metrics = None,
     limit: Limit = None,
@@ -189,7 +194,7 @@ def _measure(said: Mapping[str, Any], console: Console) -> None:
         tasks=tasks,
         **{name: said[name] for name in ("limit", "choices", "task_dir", "chat_template", "batch_size")},
     )
-    places = ("target", "adapter", "data", "against", "output", "rows", "overwrite", "allow_changed_base")
+    places = ("target", "adapter", "data", "format_", "against", "output", "rows", "overwrite", "allow_changed_base")
     outcome = run_eval(EvalRequest(measures=measures, **{name: said[name] for name in places}), console)
     console.result(eval_text(outcome), outcome.as_json())
 
@@ -227,9 +232,11 @@ def _check_options(said: Mapping[str, Any]) -> None:
 
 _GENERATES = {"target", "adapter", "generate", "decoding", "seed", "max_new_tokens", "batch_size", "output"}
 _GENERATES |= {"allow_changed_base", "as_json", "quiet"}
-_NEEDS = {"generate": {"decoding", "seed"}, "lm_eval": {"task_dir", "chat_template"}}
+_NEEDS = {"data": {"format_"}, "generate": {"decoding", "seed"}, "lm_eval": {"task_dir", "chat_template"}}
 """Options, and those that say something about them."""
 
 
 def _named(options: set[str]) -> str:
-    return ", ".join("TARGET" if name == "target" else "--" + name.replace("_", "-") for name in sorted(options))
+    return ", ".join(
+        "TARGET" if name == "target" else "--" + name.strip("_").replace("_", "-") for name in sorted(options)
+    )

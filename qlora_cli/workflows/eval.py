@@ -13,13 +13,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.data.formats import FORMATS
 from qlora_cli.data.sources import is_local
-from qlora_cli.errors import DiskError, ModelError, QloraError
+from qlora_cli.errors import DataError, DiskError, ModelError, QloraError
 from qlora_cli.evaluation.paired import Interval, Ratio, interval
 from qlora_cli.files import disk_errors, write_json
 from qlora_cli.model.folder import is_folder
 from qlora_cli.recipe.load import load_recipe
-from qlora_cli.recipe.schema import DataSection, Recipe
+from qlora_cli.recipe.schema import Recipe
 from qlora_cli.recipe.snapshot import read_resolved
 from qlora_cli.secrets import redacted
 from qlora_cli.workflows.against import Against, against
@@ -45,6 +46,7 @@ class EvalRequest:
     target: str
     adapter: Path | None = None
     data: str | None = None
+    format_: str | None = None
     against: str | None = None
     measures: Measures = field(default_factory=Measures)
     output: Path | None = None
@@ -105,7 +107,7 @@ def run_eval(request: EvalRequest, emit: Emit) -> EvalOutcome:
     compared with. Raises `QloraError`; what was to be written is, once everything is measured."""
     for path in filter(None, (request.output, request.rows)):
         check_free(path, request.overwrite)
-    found = _on_data(_find(request), request.data)
+    found = _on_data(_find(request), request.data, request.format_)
     other = _other(request.against, found) if request.against is not None else None
     side = measure(request.target, found, request.measures, emit, request.allow_changed_base)
     second = apart = None
@@ -216,13 +218,17 @@ def _with_rows_of(found: Found, rows: Recipe) -> Found:
     return replace(found, recipe=found.recipe.model_copy(update={"data": data, "eval": rows.eval}))
 
 
-def _on_data(found: Found, data: str | None) -> Found:
-    """On rows of a file, all of them."""
+def _on_data(found: Found, data: str | None, format_: str | None) -> Found:
+    """On rows of a file, all of them; in the recipe's format, where none is named and there is a recipe."""
     if data is None:
         return found
+    if format_ not in {None, "auto", *FORMATS}:
+        what = f"--format {format_}: there is no such shape of rows"
+        raise DataError(what, fix=f"name one of {', '.join(('auto', *FORMATS))}")
     name = data if is_local(data) or not Path(data).exists() else f"./{data}"
-    rows = {"eval": name, "eval_split": None} | ({"format": "auto"} if found.recipe.data.train == NO_ROWS else {})
-    section: DataSection = found.recipe.data.model_copy(update=rows)
+    section = found.recipe.data
+    shape = format_ or ("auto" if section.train == NO_ROWS else section.format)
+    section = section.model_copy(update={"eval": name, "eval_split": None, "format": shape})
     return replace(found, recipe=found.recipe.model_copy(update={"data": section}))
 
 

@@ -234,6 +234,7 @@ USAGE = [
     ("--metric", "regex:("),
     ("--task-dir", "."),
     ("--seed", "0"),
+    ("--format", "text"),
     ("--limit", "3", "--choices", "c.jsonl"),
     ("--decoding", "greedy"),
     ("--max-new-tokens", "5"),
@@ -457,3 +458,17 @@ def test_tasks_put_prompts_through_the_template_of_the_recipe(folder: Path, tmp_
     alone, beside = (evaluated(capsys, recipe, *options, *more) for more in ((), ("--metric", "json")))
     assert alone["lm_eval"] == beside["lm_eval"]
     assert "no chat template" in refused(capsys, 4, bare, *options)
+
+
+def test_a_format_is_named_where_rows_could_be_read_in_several_ways(
+    run: Path, base: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    text = "### Human: q1### Assistant: a"
+    data = write_jsonl(tmp_path / "both.jsonl", [{"input": "q1", "output": "a", "text": text}])
+    assert "can be read as" in refused(capsys, 4, base, "--data", data)
+    rows = tmp_path / "rows.jsonl"
+    for target in (base, run):
+        options = ("--format", "longform", "--metric", "json", "--rows", rows, "--overwrite")
+        evaluated(capsys, target, "--data", data, *options)
+        assert lines(rows)[0]["wanted"] == "a"
+    assert "longform" in refused(capsys, 4, run, "--data", data, "--format", "longfrom")
