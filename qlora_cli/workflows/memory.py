@@ -46,7 +46,7 @@ with oneDNN's cache switched off (ONEDNN_PRIMITIVE_CACHE_CAPACITY=0) it stays wh
 PER_WIDTH, PER_ROW = 25, 12
 """Shapes of products for each width of a micro-batch (a layer's linear layers and adapters, both ways), and in
 attention for each length of a row (blocks of queries)."""
-SLACK_BASE, SLACK_SHARE, SLACK_PER_WIDTH, MOST_WIDTHS = 180_000_000, 2.2, 0.5, 12
+SLACK_BASE, SLACK_SHARE, SLACK_PER_WIDTH, MOST_WIDTHS = 180_000_000, 2.2, 0.5, 6
 """CPU: what glibc's heap holds beyond what is in use, in all, per byte of one layer's weights in the compute dtype, and
 per such byte and width of a micro-batch: weights are dequantised again and again among blocks of other sizes, and a
 freed block is rarely taken for the next one of its size, because torch asks for aligned ones. Fitted to runs of three
