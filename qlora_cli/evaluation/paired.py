@@ -6,7 +6,6 @@ tokens, of bytes, of rows), and both models are compared on the very same rows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from qlora_cli.data.batches import Batching
 from qlora_cli.data.encode import Encoded
-from qlora_cli.evaluation.perplexity import Counts, Floats, sequence_losses
+from qlora_cli.evaluation.perplexity import Counts, Floats, perplexity_of, sequence_losses
 from qlora_cli.model.loss import plain_losses
 from qlora_cli.model.ranks import Ranks
 
@@ -57,7 +56,7 @@ class RowLosses:
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return perplexity_of(self.loss)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,11 @@ NAMED = 3
 """Rows that an error names, of those it is about."""
 
 
+def perplexity_of(loss: float) -> float:
+    """exp(loss); infinite where that overflows."""
+    return math.exp(loss) if loss < LARGEST_EXPONENT else math.inf
+
+
 @dataclass(frozen=True)
 class Figures:
     """Mean cross-entropy per target token in nats, and over how much it was taken; `bytes` are those of the targets'
@@ -52,7 +57,7 @@ class Figures:
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < LARGEST_EXPONENT else math.inf
+        return perplexity_of(self.loss)
 
     @property
     def bits_per_byte(self) -> float | None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from qlora_cli.model.nf4 import keep_packed_format
-from qlora_cli.model.segments import ATTENTION, using_attention
+from qlora_cli.model.segments import usual_attention
 from qlora_cli.model.trial import in_mode
 
 
@@ -124,9 +124,7 @@ def only_read(model: Any, check: Callable[[Any], None]) -> Iterator[None]:
     keep_packed_format(model)
     with ExitStack() as stack:
         stack.enter_context(in_mode(model, training=False))
-        decoder = model.get_decoder()
-        if decoder.config._attn_implementation == ATTENTION:  # which computes whole rows only
-            stack.enter_context(using_attention(model, "sdpa" if decoder._supports_sdpa else "eager"))
+        stack.enter_context(usual_attention(model))
         handle = model.register_forward_hook(lambda _module, _inputs, output: check(output))
         stack.callback(handle.remove)
         model.tie_weights = lambda *_args, **_options: None

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from qlora_cli.training.loop import StepReport
-from qlora_cli.workflows.measuring import Measurement
+if TYPE_CHECKING:  # commands that only tell what they do need no torch, and none of what makes a model speak
+    from qlora_cli.training.loop import StepReport
+    from qlora_cli.workflows.measuring import Measurement
 
 
 class Event(Protocol):

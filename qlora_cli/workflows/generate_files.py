@@ -18,7 +18,7 @@ from qlora_cli.data.sources import SourceRow, is_local, read_rows
 from qlora_cli.errors import DataError, Problem
 from qlora_cli.files import disk_errors
 from qlora_cli.workflows.events import Emit, Notice
-from qlora_cli.workflows.prompts import Prompt, read_prompts
+from qlora_cli.workflows.prompts import Prompt, check_appendable, read_prompts
 
 MADE_BY = "made_by"
 ANSWERED: dict[str, type] = {"answer": str, "stopped": bool, "tokens": int}
@@ -46,10 +46,7 @@ def encoded(row: Row) -> bytes:
 
 def check_output(output: Path) -> None:
     """Raises `DataError` where rows cannot be appended there."""
-    if output.suffix.lower() not in {".jsonl", ".ndjson"}:
-        raise DataError(f"answers are rows of a .jsonl file (got -o {output})", fix="name one such file")
-    if not output.parent.is_dir():
-        raise DataError(f"{output.parent} is no folder", fix=f"create it, or name another file than {output} with -o")
+    check_appendable(output, "answers")
     if output.exists() and not output.is_file():
         raise DataError(f"{output} is no regular file", fix="name another file with -o")
 

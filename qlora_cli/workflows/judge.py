@@ -22,6 +22,7 @@ from qlora_cli.evaluation.grading import GRADINGS, Graded, Prompts, grade
 from qlora_cli.workflows.events import Emit, Fact, Notice
 from qlora_cli.workflows.judge_files import Question, Record, Task, model_names, pair
 from qlora_cli.workflows.judge_text import TEXTS, TYPICAL_REPLY, Estimate, Judging, Price, estimated_tokens, money
+from qlora_cli.workflows.prompts import check_appendable
 
 __all__ = ["JudgePlan", "JudgeResult", "Patience", "Price", "Wanted", "plan_judge", "run_judge"]
 
@@ -156,10 +157,7 @@ def run_judge(plan: JudgePlan, emit: Emit, patience: Patience | None = None) -> 
 
 def _check_output(output: Path, files: tuple[Path, Path]) -> None:
     """Raises `DataError` where rows cannot or must not be appended there."""
-    if output.suffix.lower() not in {".jsonl", ".ndjson"}:
-        raise DataError(f"judgments are rows of a .jsonl file (got -o {output})", fix="name one such file")
-    if not output.parent.is_dir():
-        raise DataError(f"{output.parent} is no folder", fix=f"create it, or name another file than {output} with -o")
+    check_appendable(output, "judgments")
     if output.resolve() in {file.expanduser().resolve() for file in files}:
         raise DataError(f"{output} holds answers", fix="name another file for the judgments with -o")
 

@@ -62,6 +62,14 @@ def as_rows(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
+def check_appendable(output: Path, rows: str) -> None:
+    """Raises `DataError` where `rows` (what they are called) cannot be appended to `output`."""
+    if output.suffix.lower() not in {".jsonl", ".ndjson"}:
+        raise DataError(f"{rows} are rows of a .jsonl file (got -o {output})", fix="name one such file")
+    if not output.parent.is_dir():
+        raise DataError(f"{output.parent} is no folder", fix=f"create it, or name another file than {output} with -o")
+
+
 def append_row(path: Path, row: Mapping[str, Any]) -> bool:
     """Appends `row` to a .jsonl file, on a line of its own; whether the file was there before. Creates no folder."""
     path = path.expanduser()

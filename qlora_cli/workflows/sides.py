@@ -41,6 +41,8 @@ from qlora_cli.workflows.voice import Voice, positions
 
 BATCHED = 16
 """Prompts that are answered at once, where nothing else was said."""
+MOST_POSITIONS = 1 << 20
+"""For models without a limit of their own."""
 
 
 @dataclass(frozen=True)
@@ -215,10 +217,6 @@ def _tasks(side: Side, asked: _Asked, loaded: Loaded, wanted: Measures, emit: Em
     longest = min(asked.longest, MOST_POSITIONS)
     how = Harness(size, longest, wanted.limit, wanted.chat_template)
     return replace(side, tasks=run_tasks(loaded.model, asked.tokenizer, asked.tasks, how, _meter(emit)))
-
-
-MOST_POSITIONS = 1 << 20
-"""For models without a limit of their own."""
 
 
 def _meter(emit: Emit) -> Callable[[int, int], None]:

@@ -27,7 +27,7 @@ from qlora_cli.evaluation.harness_tasks import check_harness, check_tasks
 from qlora_cli.model.engine import build_engine
 from qlora_cli.model.lora import LoraLinear
 from qlora_cli.model.nf4 import four_bit_layers
-from qlora_cli.model.segments import ATTENTION
+from qlora_cli.model.segments import ATTENTION, set_attention
 from tests.conftest import make_tokenizer, write_jsonl
 from tests.model.test_lora import adapted, loss_of
 
@@ -190,7 +190,7 @@ def test_a_model_without_sdpa_generates_with_eager_attention(folder: Path, tmp_p
     model = Gemma2ForCausalLM(Gemma2Config(vocab_size=320, head_dim=16, **SMALL)).eval()
     answers = [greedy(model, row["text"], 6) for row in COPIES]
     write_jsonl(tmp_path / "copies.jsonl", [row | {"copy": a} for row, a in zip(COPIES, answers, strict=True)])
-    model.get_decoder().set_attn_implementation(ATTENTION)
+    set_attention(model, ATTENTION)
     found = run(model, task_file(tmp_path, REPEAT.format(folder=tmp_path)), "repeat")
     assert found.as_json()["repeat"]["exact_match"] == 1
     assert model.get_decoder().config._attn_implementation == ATTENTION
