@@ -14,10 +14,10 @@ import qlora_cli
 
 PACKAGE = Path(qlora_cli.__file__).parent
 LAYERS: dict[str, set[str]] = {
-    "__main__": {"cli"},
+    "__main__": {"cli", "process"},
     "cli": {"workflows", "recipe", "errors", "secrets", "__init__"},
     "workflows": {"training", "evaluation", "generation", "export", "data", "model", "cache", "recipe", "files"}
-    | {"errors", "secrets", "__init__"},
+    | {"errors", "process", "secrets", "__init__"},
     "training": {"data", "model", "recipe", "files", "errors"},
     "evaluation": {"data", "model", "recipe", "files", "errors"},
     "generation": {"model", "recipe", "files", "errors"},
@@ -30,6 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "hub": {"errors"},
     "errors": {"secrets"},
     "secrets": set(),
+    "process": set(),
     "__init__": set(),
 }
 BITSANDBYTES = {

@@ -18,9 +18,9 @@ from torch import Tensor
 
 QUERIES = 128
 """Queries of a block; at 64 and 256 the same rows took 10% longer."""
-ROUND_TO = 32
+ROUND_TO = 64
 """Rows are padded to a multiple of this, so that few shapes occur: each keeps a compiled kernel in memory."""
-KEPT_KEYS = 1024
+KEPT_KEYS = 512
 """Probabilities over at most so many keys are kept for the backward pass, others computed again: speed for short rows,
 memory that grows linearly for long ones."""
 

@@ -26,6 +26,7 @@ from qlora_cli.model.attention_math import KEPT_KEYS, QUERIES
 from qlora_cli.model.head import chunk_bytes, chunk_rows
 from qlora_cli.model.lora import linear_layers, linear_shape
 from qlora_cli.model.shortcuts import gate_of
+from qlora_cli.process import KERNELS
 from qlora_cli.recipe.schema import Recipe
 from qlora_cli.training.optim import STATE_BYTES
 
@@ -40,17 +41,15 @@ STARTED = 55_000_000
 the engine's probe. Measured: growth of the heap in use (mallinfo2) and of file pages over `build_engine`."""
 COMPILER = 50_000_000
 """CPU: torch's compiler, and what it compiled. Measured: peak of one recipe with and without."""
-KERNEL, MOST_KERNELS = 250_000, 1024
-"""CPU: what oneDNN keeps for each shape of a product, and for how many of them. Measured: heap in use after each step;
-with oneDNN's cache switched off (ONEDNN_PRIMITIVE_CACHE_CAPACITY=0) it stays where it was."""
+KERNEL = 540_000
+"""CPU: what oneDNN and torch keep for each shape of a product (of at most `KERNELS`). Measured: heap in use after 200
+products of different shapes."""
 PER_WIDTH, PER_ROW = 25, 12
 """Shapes of products for each width of a micro-batch (a layer's linear layers and adapters, both ways), and in
 attention for each length of a row (blocks of queries)."""
-SLACK_BASE, SLACK_SHARE, SLACK_PER_WIDTH, MOST_WIDTHS = 180_000_000, 2.2, 0.5, 6
-"""CPU: what glibc's heap holds beyond what is in use, in all, per byte of one layer's weights in the compute dtype, and
-per such byte and width of a micro-batch: weights are dequantised again and again among blocks of other sizes, and a
-freed block is rarely taken for the next one of its size, because torch asks for aligned ones. Fitted to runs of three
-sizes (scripts/bench/memory.py); it differs by a tenth of the whole between runs of the same recipe."""
+SLACK_SHARE = 1.4
+"""CPU: what glibc's heap holds beyond what is in use, per byte of one layer's weights in the compute dtype: weights are
+dequantised again and again among blocks of other sizes. Fitted to runs of three sizes (scripts/bench/memory.py)."""
 
 
 @dataclass(frozen=True)
@@ -159,15 +158,10 @@ def plan_memory(recipe: Recipe, shape: Shape, load: Load, dtype: torch.dtype, de
     held = {**_weights(recipe, shape, dtype), **_trained(recipe, shape, dtype, device)}
     needed = {**held, **_activations(recipe, shape, load, dtype, device)}
     if device == "cpu":
-        kernels = min(MOST_KERNELS, PER_WIDTH * load.widths + PER_ROW * load.row_widths)
+        kernels = min(KERNELS, PER_WIDTH * load.widths + PER_ROW * load.row_widths)
         needed[PROGRAM] = STARTED + KERNEL * kernels + (COMPILER if load.compiled else 0)
-        needed[SLACK] = _slack(shape, load, dtype.itemsize)
+        needed[SLACK] = round(SLACK_SHARE * shape.block.weights * dtype.itemsize)
     return needed
-
-
-def _slack(shape: Shape, load: Load, width: int) -> int:
-    share = SLACK_SHARE + SLACK_PER_WIDTH * min(load.widths, MOST_WIDTHS)
-    return round(SLACK_BASE + share * shape.block.weights * width)
 
 
 def total(parts: Mapping[str, int]) -> int:
@@ -214,22 +208,28 @@ def _activations(recipe: Recipe, shape: Shape, load: Load, dtype: torch.dtype, d
         "offload": 2 * load.tokens * shape.hidden * width,
         "off": kept * shape.layers,
     }[mode]
-    evaluated = _kept(recipe, shape.block, load.eval_tokens, load.eval_longest, width, device)
-    evaluated += load.eval_tokens * shape.block.wide * 3 * width + 2 * shape.largest * width
+    evaluated = load.eval_tokens * (3 * shape.block.wide + _scores(shape.block, load.eval_longest, device))
     return {
         "layer inputs": saved,
         "one layer at work": at_work if mode != "off" else at_work - kept,
         "loss chunk": _loss(shape, load.tokens, load.targets, width, device),
-        "evaluation": evaluated if load.eval_tokens else 0,
+        "evaluation": (evaluated + 2 * shape.largest) * width if load.eval_tokens else 0,
     }
 
 
 def _kept(recipe: Recipe, block: Block, tokens: int, longest: int, width: int, device: str) -> int:
-    """What one layer keeps: its tensors, each adapter's product, and on a CPU attention's probabilities (causal: half
-    of a row's square, and half a block of queries)."""
+    """What one layer keeps: its tensors, each adapter's product, and attention's probabilities."""
     ranks = recipe.lora.r * block.adapters if recipe.lora else 0
-    keys = (min(longest, KEPT_KEYS) + QUERIES) / 2 if device == "cpu" else 0
-    return round(tokens * (block.saved + ranks + block.heads * keys) * width)
+    return tokens * (block.saved + ranks + _scores(block, longest, device)) * width
+
+
+def _scores(block: Block, longest: int, device: str) -> int:
+    """Probabilities that attention keeps per token on a CPU: of the keys that blocks of queries see, which are all
+    before them, where those are few enough."""
+    if device != "cpu":
+        return 0
+    few = min(longest, KEPT_KEYS)
+    return block.heads * round((few + QUERIES) / 2 * few / max(longest, 1))
 
 
 def _loss(shape: Shape, tokens: int, targets: float, width: int, device: str) -> int:
