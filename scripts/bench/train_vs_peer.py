@@ -59,13 +59,13 @@ class Case:
 
 
 MEMORY_BAR = 2.0
-SMALLER = ("train.micro_batch_size=1",)
-"""Ours in micro-batches of 512 tokens: nearly as fast as of 4 x 512, in half the memory; its steps are the same."""
+SMALLER, HALF = ("train.micro_batch_size=1",), ("train.micro_batch_size=2",)
+"""Ours in smaller micro-batches than 4 x 512: nearly as fast, in half the memory; its steps are the same."""
 CASES = {
     "padded": Case(512, 16, 4, 16, "adamw", {"tokens_per_second": 4.0, "peak_rss": MEMORY_BAR}, ours=SMALLER),
     "packed": Case(1024, 16, 1, 16, "adamw", {"tokens_per_second": 3.0, "peak_rss": MEMORY_BAR}, packed=True),
     "fixed": Case(
-        512, 4, 4, 64, "paged_adamw_8bit", {"tokens_per_second": 2.5, "peak_rss": MEMORY_BAR}, full=True, ours=SMALLER
+        512, 4, 4, 64, "paged_adamw_8bit", {"tokens_per_second": 2.5, "peak_rss": MEMORY_BAR}, full=True, ours=HALF
     ),
 }
 
