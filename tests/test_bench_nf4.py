@@ -15,7 +15,7 @@ from qlora_cli.recipe.schema import QuantizationSection
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts" / "bench"))  # they find each other there
 
-import nf4  # noqa: E402
+import nf4
 
 
 def test_both_sides_are_timed_on_every_weight(capsys: pytest.CaptureFixture[str]) -> None:
