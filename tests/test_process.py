@@ -45,6 +45,7 @@ def test_a_training_run_begins_with_our_settings_in_the_same_process(tmp_path: P
     assert words.strip() == str(["train", "a recipe.yaml", "--quiet"])
 
 
+@replaces
 def test_other_commands_are_left_alone(tmp_path: Path) -> None:
     (_, began_with, *caches, _), _ = start(tmp_path, "show", "train")
     assert (began_with, caches) == ("False", ["None", "None"])
@@ -71,8 +72,8 @@ def test_tunables_are_added_once(given: dict[str, str], wanted: str | None) -> N
     assert tunables(given) == wanted
 
 
-def test_the_program_and_the_module_end_alike(tmp_path: Path) -> None:
-    """The new process has the whole command line, and its exit code is the command's."""
+def test_the_new_process_runs_the_whole_command_line(tmp_path: Path) -> None:
+    """Its message and its exit code are the command's."""
     done = subprocess.run(
         [sys.executable, "-m", "qlora_cli", "train", tmp_path / "none.yaml", "-s", "train.steps=1"],
         stderr=subprocess.PIPE,
