@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 SHELL = {"scripts/demo", "scripts/setup.sh", "scripts/test", ".ci/run"}
@@ -90,6 +91,17 @@ def test_every_dependency_and_development_tool_has_a_tested_version() -> None:
     wanted = {canonicalize_name(Requirement(line).name) for line in importlib.metadata.requires("qlora-cli") or []}
     assert len(wanted) >= 15
     assert wanted - {pin.split("==")[0] for pin in pins} == set()
+
+
+def test_the_oldest_versions_are_those_that_dependencies_allow() -> None:
+    lines = (ROOT / "scripts" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    oldest = {pin.name: pin.specifier for pin in map(Requirement, filter(re.compile("[a-z]").match, lines))}
+    needed = [Requirement(line) for line in importlib.metadata.requires("qlora-cli") or [] if "extra ==" not in line]
+    assert oldest.keys() == {canonicalize_name(each.name) for each in needed}
+    for each in needed:
+        (least,), (pin,) = each.specifier, oldest[canonicalize_name(each.name)]
+        assert (least.operator, pin.operator) == (">=", "==")
+        assert Version(least.version) == Version(pin.version)
 
 
 def test_set_up_for_the_demo_is_not_enough_for_the_tests(project: Project) -> None:

@@ -28,6 +28,11 @@ class Setting:
     above: bool = False
     zero: bool = False
 
+    @property
+    def __name__(self) -> str:
+        """Older versions of Typer ask it of whatever parses an option."""
+        return self.kind.__name__
+
     def __call__(self, text: str) -> Value:
         """The number in `text`. Raises `typer.BadParameter` with one line."""
         try:
