@@ -29,6 +29,7 @@ from qlora_cli.model.nf4 import (
     stored_facts,
 )
 from qlora_cli.model.quantizer import loading_config
+from qlora_cli.model.segments import keep_soft_cap
 from qlora_cli.model.source import Source, check_files
 from qlora_cli.model.stored import Wanted, load_through
 from qlora_cli.model.stream import loader, name_after
@@ -169,6 +170,7 @@ def load_base(
     else:
         model = load_through(cache, Wanted(folder, config, quantization, dtype, device, section.attention), load)
     keep_packed_format(model)
+    keep_soft_cap(model)
     model.requires_grad_(False)
     return model
 

@@ -175,6 +175,14 @@ def set_attention(model: Any, attention: str) -> None:
     decoder.set_attn_implementation(attention)
 
 
+def keep_soft_cap(model: Any) -> None:
+    """Has a model whose attention scores are capped use transformers' plain attention in place of SDPA, which older
+    versions of transformers choose for Gemma 2 although it leaves the cap out, without a word."""
+    decoder = model.get_decoder()
+    if decoder.config._attn_implementation == "sdpa" and getattr(decoder.config, "attn_logit_softcapping", None):
+        decoder.set_attn_implementation("eager")
+
+
 @contextmanager
 def usual_attention(model: Any) -> Iterator[None]:
     """Within it, the text decoder has the attention that it was loaded with, which knows caches and padding at the

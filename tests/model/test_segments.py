@@ -12,8 +12,9 @@ from torch import Tensor
 
 from qlora_cli.model import attention_math
 from qlora_cli.model.attention_math import Rule, attend
+from qlora_cli.model.base import set_checkpointing
 from qlora_cli.model.packing import Packing, find_packing, packed_arguments, why_not_packed
-from qlora_cli.model.segments import ATTENTION, segments_attention, using_attention
+from qlora_cli.model.segments import ATTENTION, keep_soft_cap, segments_attention, using_attention
 
 LENGTHS = (9, 1, 20, 14)
 """Rows longer than the windows of the models below, and one of a single token."""
@@ -343,6 +344,14 @@ def test_the_check_finds_windows_longer_than_its_rows() -> None:
     assert model.config.sliding_window == 4096
 
 
+@pytest.mark.parametrize(("name", "kept"), [("gemma2", "eager"), ("gemma3", "sdpa"), ("llama", "sdpa")])
+def test_capped_scores_are_not_left_to_sdpa_which_leaves_the_cap_out(name: str, kept: str) -> None:
+    model = build(name)
+    model.get_decoder().config._attn_implementation = "sdpa"  # as older versions of transformers choose
+    keep_soft_cap(model)
+    assert model.get_decoder().config._attn_implementation == kept
+
+
 def test_the_check_finds_a_wrong_gradient() -> None:
     def detached(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
         return segments_attention(*arguments, **options)[0].detach(), None
@@ -354,7 +363,7 @@ def test_the_check_finds_a_wrong_gradient() -> None:
 def test_the_check_leaves_modes_gradients_random_state_and_attention_as_they_were() -> None:
     model = build("gemma2").train()
     model.get_decoder().layers[0].eval()
-    model.activation_checkpointing_enable()
+    set_checkpointing(model, "on")
     next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     hooks = dict(model.get_input_embeddings()._forward_hooks)
     modes = [module.training for module in model.modules()]
