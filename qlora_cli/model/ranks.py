@@ -6,8 +6,9 @@ no caller asks how many there are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,11 +16,28 @@ from accelerate import Accelerator
 from torch import Tensor
 
 
+@contextmanager
+def _clean_stdout() -> Iterator[None]:
+    """Within it, what is written to stdout goes to stderr: in torch 2.10, Gloo says there that it is connected, among
+    the results."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 class Ranks:
     """This process among all of the run. `mixed` is the autocast dtype for full fine-tuning, or None."""
 
     def __init__(self, device: torch.device, mixed: torch.dtype | None = None) -> None:
-        self._accelerator = Accelerator(cpu=device.type == "cpu")
+        with _clean_stdout():
+            self._accelerator = Accelerator(cpu=device.type == "cpu")
         self._mixed = mixed
         self.device: torch.device = device
         self.rank: int = self._accelerator.process_index
