@@ -31,8 +31,6 @@ from qlora_cli.workflows.prepare import local_rank
 
 MERGED = "merge_receipt.json"
 """What `qlora merge` leaves beside a model."""
-
-
 NO_ROWS = "-"
 """The rows of a model without a recipe."""
 
@@ -66,10 +64,11 @@ def adapter_folder(path: Path) -> Path:
             check_links(str(folder), folder.iterdir())
             check_manifest(str(folder), folder)
             return folder
+    saved = sorted(path.glob("checkpoints/step-" + "[0-9]" * 6))
     raise ModelError(
         f"{path} holds no adapter",
         why=f"neither {path / 'adapter' / CONFIG} nor {path / CONFIG} exists",
-        fix="name a finished run directory or an adapter folder",
+        fix=f"name a finished run directory or an adapter folder{f', say the checkpoint {saved[-1]}' if saved else ''}",
     )
 
 
