@@ -17,10 +17,10 @@ from torch import Tensor
 
 
 @contextmanager
-def _clean_stdout() -> Iterator[None]:
+def clean_stdout() -> Iterator[None]:
     """Within it, what is written to stdout goes to stderr: in torch 2.10, Gloo says there that it is connected, among
     the results."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     kept = os.dup(1)
@@ -36,7 +36,7 @@ class Ranks:
     """This process among all of the run. `mixed` is the autocast dtype for full fine-tuning, or None."""
 
     def __init__(self, device: torch.device, mixed: torch.dtype | None = None) -> None:
-        with _clean_stdout():
+        with clean_stdout():
             self._accelerator = Accelerator(cpu=device.type == "cpu")
         self._mixed = mixed
         self.device: torch.device = device

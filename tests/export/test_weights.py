@@ -107,7 +107,7 @@ def test_a_weight_that_lacks_or_has_another_shape_is_named(tmp_path: Path, store
         quantized(folder, tmp_path / "out", BF16)
         folder = find_base(str(tmp_path / "out"), None)
     file = folder.path / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}  # not mapped from what is written over
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}  # the file is written over
     up, down = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "down"))
     swapped = {key.replace(up, "#").replace(down, up).replace("#", down): value for key, value in tensors.items()}
     save_file(swapped, file)

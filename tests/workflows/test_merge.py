@@ -494,9 +494,7 @@ def test_an_adapter_that_cannot_be_right_is_refused_by_every_way(
     """Its manifest is gone, so that only its content can tell."""
     (run / "adapter/manifest.json").unlink()
     weights = run / "adapter/adapter_model.safetensors"
-    whole = {
-        name: tensor.clone() for name, tensor in load_file(weights).items()
-    }  # not mapped from what is written over
+    whole = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # the file is written over
     first_a, first_b = sorted(whole)[0], sorted(whole)[1]
     changes: list[tuple[dict[str, Any], str]] = [
         ({first_b: whole[first_b] * torch.nan}, "finite"),
