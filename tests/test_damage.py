@@ -223,9 +223,12 @@ def test_an_adapter_that_is_a_pickle_is_refused_with_the_way_to_convert_it(adapt
     assert "save_pretrained" in error
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64])
 def test_an_adapter_of_a_type_that_none_is_stored_in_is_refused(adapter: Path, dtype: torch.dtype) -> None:
-    save_file({"x.lora_B.weight": torch.ones(2, 2).to(dtype)}, adapter / WEIGHTS)
+    try:
+        save_file({"x.lora_B.weight": torch.ones(2, 2).to(dtype)}, adapter / WEIGHTS)
+    except KeyError:
+        pytest.skip("this safetensors writes no such type")
     assert f"{adapter / WEIGHTS}: x.lora_B.weight is of type {dtype}" in refusal(read_adapter, adapter)
 
 

@@ -25,6 +25,7 @@ from qlora_cli.model.folder import INDEX, BaseFolder, check_links, check_manifes
 from qlora_cli.model.record import Record, read_record
 from qlora_cli.recipe.schema import DataSection, ModelSection, QuantizationSection, Recipe
 from qlora_cli.recipe.snapshot import read_resolved
+from qlora_cli.training.checkpoint import checkpoints
 from qlora_cli.workflows.card import ORIGIN_FILE, RECIPE_FILE
 from qlora_cli.workflows.events import Emit, Fact, Notice
 from qlora_cli.workflows.prepare import local_rank
@@ -64,7 +65,7 @@ def adapter_folder(path: Path) -> Path:
             check_links(str(folder), folder.iterdir())
             check_manifest(str(folder), folder)
             return folder
-    saved = sorted(path.glob("checkpoints/step-" + "[0-9]" * 6))
+    saved = [each.path for each in checkpoints(path / "checkpoints") if not each.problem]
     raise ModelError(
         f"{path} holds no adapter",
         why=f"neither {path / 'adapter' / CONFIG} nor {path / CONFIG} exists",

@@ -100,11 +100,15 @@ def test_eval_and_chat_of_something_that_is_no_run_say_so(tmp_path: Path, capsys
     assert "Traceback" not in errors
 
 
-def test_a_run_without_a_result_has_its_last_checkpoint_named(tmp_path: Path, capsys: Capture) -> None:
-    for name in ("step-000002", "step-000010", "step-000012.broken", ".tmp-step-000014"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert main(["eval", str(tmp_path)]) == 5
-    assert f"say the checkpoint {tmp_path / 'checkpoints' / 'step-000010'}\n" in capsys.readouterr().err
+def test_a_run_without_a_result_has_its_last_sound_checkpoint_named_which_is_taken(run: Path, capsys: Capture) -> None:
+    (saved,) = (run / "checkpoints").iterdir()
+    damaged = shutil.copytree(saved, saved.with_name("step-999999"))
+    (damaged / "state.json").write_text("{}")
+    shutil.rmtree(run / "adapter")
+    assert main(["eval", str(run)]) == 5
+    assert f"say the checkpoint {saved}\n" in capsys.readouterr().err
+    assert main(["eval", str(saved), "--json", "-q"]) == 0
+    assert last_json(capsys)["loss"] == pytest.approx(held_out_loss(run), rel=1e-6)
 
 
 def test_a_base_that_changed_since_training_is_refused_unless_allowed_and_changed_data_is_said(
