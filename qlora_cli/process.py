@@ -3,14 +3,16 @@
 Knows the environment and the command line's words; no library. Invariant: what the user has set stays, and a process is
 started anew at most once.
 
-Both lower the peak of resident memory on a CPU at the same speed (docs/benchmarks.md). The second is for Linux with
-glibc, and not for machines with a GPU, where it was not measured.
+The first two lower the peak of resident memory on a CPU at the same speed, the third saves time (docs/benchmarks.md).
+The last two are for Linux with glibc, and not for machines with a GPU, where they were not measured.
 
 - oneDNN and its cache in torch keep a kernel for each of 1,024 shapes of products, half a megabyte each. A micro-batch
-  has about a hundred, and making one takes less than a millisecond.
+  has about a hundred, and making one takes up to 3 ms (on CPUs with AMX; less than one on others).
 - torch asks glibc for aligned blocks, of which glibc cuts pieces of some bytes, and puts these into caches of small
   blocks where they no longer merge with their neighbours: the heap grows although much of it is free. The caches can
   only be switched off before a process begins.
+- What is freed glibc gives back to the system, to ask for it again a moment later, and the system fills it with zeros,
+  page by page. It is told to keep it, and to ask for large pages.
 """
 
 from __future__ import annotations
@@ -21,10 +23,16 @@ from collections.abc import Mapping, Sequence
 
 COMMAND = "train"
 """The one for which this was measured."""
-KERNELS = 128
+KERNELS = 256
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 TUNABLES = "GLIBC_TUNABLES"
-HEAP = ("glibc.malloc.tcache_count=0", "glibc.malloc.mxfast=0")
+HEAP = (
+    "glibc.malloc.tcache_count=0",
+    "glibc.malloc.mxfast=0",
+    f"glibc.malloc.mmap_threshold={2**32}",
+    f"glibc.malloc.trim_threshold={2**33}",
+    "glibc.malloc.hugetlb=1",
+)
 GPUS = ("/dev/nvidiactl", "/dev/kfd")
 """Where a driver of NVIDIA or AMD is at work."""
 
@@ -47,7 +55,7 @@ def settle(words: Sequence[str]) -> None:
 
 
 def tunables(environment: Mapping[str, str]) -> str | None:
-    """The value of GLIBC_TUNABLES with ours; None where it says something about these caches already."""
+    """The value of GLIBC_TUNABLES with ours; None where it says something about one of them already."""
     given = environment.get(TUNABLES, "")
     if any(setting.partition("=")[0] in given for setting in HEAP):
         return None

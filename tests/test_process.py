@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.process import CACHES, GPUS, HEAP, TUNABLES, has_glibc, tunables
+from qlora_cli.process import CACHES, GPUS, HEAP, KERNELS, TUNABLES, has_glibc, tunables
 
 OURS = ":".join(HEAP)
 SCRIPT = """
@@ -41,7 +41,7 @@ def test_a_training_run_begins_with_our_settings_in_the_same_process(tmp_path: P
     (pid, began_with, *caches, words), started = start(tmp_path, "train", "a recipe.yaml", "--quiet")
     assert int(pid) == started
     assert began_with == "True"
-    assert caches == ["128", "128"]
+    assert caches == [str(KERNELS)] * 2
     assert words.strip() == str(["train", "a recipe.yaml", "--quiet"])
 
 
@@ -55,7 +55,7 @@ def test_other_commands_are_left_alone(tmp_path: Path) -> None:
 def test_what_the_user_has_set_stays(tmp_path: Path) -> None:
     own = {TUNABLES: "glibc.malloc.tcache_count=5", CACHES[0]: "7"}
     (_, began_with, *caches, _), _ = start(tmp_path, "train", **own)
-    assert (began_with, caches) == ("False", ["7", "128"])
+    assert (began_with, caches) == ("False", ["7", str(KERNELS)])
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,7 @@ def test_what_the_user_has_set_stays(tmp_path: Path) -> None:
         ({TUNABLES: ""}, OURS),
         ({TUNABLES: "glibc.malloc.perturb=1"}, f"glibc.malloc.perturb=1:{OURS}"),
         ({TUNABLES: "glibc.malloc.mxfast=64"}, None),
+        ({TUNABLES: "glibc.malloc.hugetlb=0"}, None),
         ({TUNABLES: OURS}, None),
     ],
 )

@@ -1,9 +1,10 @@
 """Causal attention over rows laid end to end, each alone, forward and backward.
 
 Knows tensors; nothing of models. Invariant: a row's result and gradients are what it has alone, for no product ever
-spans two rows. On a CPU it is several times faster than torch's own kernel, whose backward is slow: scores are computed
-for a block of queries at a time, so most of what lies above the diagonal is skipped, and all query heads that share a
-key head are one product. Scores are summed and exponentiated in float32, as flash attention does it.
+spans two rows. The forward pass is torch's kernel where that knows the rule. The backward pass is ours, for torch's is
+slow on a CPU: scores are computed for a block of queries at a time, so most of what lies above the diagonal is skipped,
+and all query heads that share a key head are one product; so is the forward pass under other rules. Scores are summed
+and exponentiated in float32, as flash attention does it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ QUERIES = 128
 ROUND_TO = 64
 """Rows are padded to a multiple of this, so that few shapes occur: each keeps a compiled kernel in memory."""
 KEPT_KEYS = 512
-"""Probabilities over at most so many keys are kept for the backward pass, others computed again: speed for short rows,
-memory that grows linearly for long ones."""
+"""Where the forward pass is ours, probabilities over at most so many keys are kept for the backward pass, others are
+computed again: speed for short rows, memory that grows linearly for long ones."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], rule: Rule, 
     return result
 
 
+def torch_knows(rule: Rule, longest: int) -> bool:
+    """Whether torch's own kernel has this rule for rows of at most `longest` tokens."""
+    return rule.softcap is None and (rule.window is None or longest <= rule.window)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scaling: float) -> Tensor:
+    """Each row by torch's kernel for CPUs, which `scaled_dot_product_attention` calls: that would keep what its own
+    backward pass needs."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    rows = ((x[row].transpose(0, 1)[None] for x in (q, k, v)) for row in _rows(lengths))
+    outs = [kernel(*row, 0.0, True, scale=scaling)[0][0].transpose(0, 1) for row in rows]
+    return torch.cat(outs)
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: tuple[Any, Rule]) -> Tensor:
         lengths, rule = how
+        ctx.lengths, ctx.rule = lengths, rule
+        if torch_knows(rule, max(lengths)) and sinks is None and q.shape[2] == v.shape[2] and q.device.type == "cpu":
+            ctx.save_for_backward(q, k, v, sinks)
+            return _flash(q, k, v, lengths, rule.scaling)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         kept: list[Tensor | None] = []
         with _exact_products(q):
@@ -68,7 +87,6 @@ class _Attend(torch.autograd.Function):
                     kept.append(p if block.last - block.start <= KEPT_KEYS else None)
                     _write(out[row], p @ values[:, block.start : block.last], block)
         ctx.save_for_backward(q, k, v, sinks, *kept)
-        ctx.lengths, ctx.rule = lengths, rule
         return out
 
     @staticmethod
@@ -101,7 +119,7 @@ def _backward_row(
     for block in _blocks(keys.shape[1], rule.window):
         seen = slice(block.start, block.last)
         part, grad = _part(queries, block, keys), _part(grads, block, keys)
-        p = next(kept)
+        p = next(kept, None)
         p = _probabilities(part, desk, block, rule, sinks) if p is None else p
         dp = grad @ values[:, seen].mT
         # softmax backward: p * (dp - sum(p * dp)); a sink only makes the p of a query sum to less than one

@@ -24,15 +24,21 @@ Kernel = Callable[..., Any]
 def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x / rms(x) * weight in float32, rounded to x's type; 1 / rms(x)), over the last dimension (Zhang and Sennrich
     2019, arXiv:1910.07467)."""
-    wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (wide * scale * weight).to(x.dtype), scale
+    wide = _wide(x)
+    scale = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+    return wide.mul_(scale).mul_(weight).to(x.dtype), scale
 
 
 def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """dx, of a frozen weight."""
-    wide, inner = x.float() * scale, dy.float() * weight
-    return (scale * (inner - wide * (inner * wide).mean(-1, keepdim=True))).to(x.dtype)
+    wide, inner = _wide(x).mul_(scale), _wide(dy).mul_(weight)
+    along = (inner * wide).mean(-1, keepdim=True)
+    return inner.addcmul_(wide, along, value=-1).mul_(scale).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """A copy in float32, to be computed in: memory that is new each time costs as much as a pass over it."""
+    return x.to(torch.float32, copy=True)
 
 
 def gate_forward(activation: Kernel, gate: Tensor, up: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ libraries keep, and the allocator's slack.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -56,13 +57,14 @@ dequantised again and again among blocks of other sizes. Fitted to runs of three
 class Block:
     """A decoder layer, the largest of a model: what it keeps per token for its backward pass (`saved` values in the
     compute dtype), its widest product (`wide` values per token), elements of its linear layers' `weights`, how many
-    `adapters` it has, and query `heads`."""
+    `adapters` it has, and query `heads`, whose probabilities are kept in rows longer than `flash_up_to`."""
 
     saved: int
     wide: int
     weights: int
     adapters: int
     heads: int
+    flash_up_to: float
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,20 @@ def block_of(skeleton: Any, adapted: Mapping[str, Any]) -> Block:
             weights=sum(out * in_ for out, in_ in shapes.values()),
             adapters=sum(name in adapted for name in shapes),
             heads=text.num_attention_heads,
+            flash_up_to=_flash_up_to(skeleton, text),
         )
         for shapes in inside.values()
     ]
     return max(blocks, key=lambda block: block.saved)
+
+
+def _flash_up_to(skeleton: Any, text: Any) -> float:
+    """The longest row for which torch knows the attention of all layers: where it does, nothing is kept."""
+    sinks = any(name.endswith(".sinks") for name, _ in skeleton.named_parameters())
+    if sinks or getattr(text, "attn_logit_softcapping", None):
+        return 0
+    window = getattr(text, "sliding_window", None)
+    return math.inf if window is None else window
 
 
 def _inputs(shapes: Mapping[str, tuple[int, int]]) -> int:
@@ -224,9 +236,9 @@ def _kept(recipe: Recipe, block: Block, tokens: int, longest: int, width: int, d
 
 
 def _scores(block: Block, longest: int, device: str) -> int:
-    """Probabilities that attention keeps per token on a CPU: of the keys that blocks of queries see, which are all
-    before them, where those are few enough."""
-    if device != "cpu":
+    """Probabilities that attention keeps per token on a CPU where torch does not know it: of the keys that blocks of
+    queries see, which are all before them, where those are few enough."""
+    if device != "cpu" or longest <= block.flash_up_to:
         return 0
     few = min(longest, KEPT_KEYS)
     return block.heads * round((few + QUERIES) / 2 * few / max(longest, 1))
