@@ -13,6 +13,7 @@ libraries keep, and the allocator's slack.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -48,9 +49,10 @@ products of different shapes."""
 PER_WIDTH, PER_ROW = 25, 12
 """Shapes of products for each width of a micro-batch (a layer's linear layers and adapters, both ways), and in
 attention for each length of a row (blocks of queries)."""
-SLACK_SHARE = 1.4
-"""CPU: what glibc's heap holds beyond what is in use, per byte of one layer's weights in the compute dtype: weights are
-dequantised again and again among blocks of other sizes. Fitted to runs of three sizes (scripts/bench/memory.py)."""
+SLACK_SHARES = (1.4, 1.6)
+"""CPU: what glibc's heap holds beyond what is in use, per byte of one layer's weights in the compute dtype, and of one
+layer at work: blocks of other sizes come and go, and what is freed stays. Fitted to runs of three sizes
+(scripts/bench/memory.py)."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,8 @@ def plan_memory(recipe: Recipe, shape: Shape, load: Load, dtype: torch.dtype, de
     if device == "cpu":
         kernels = min(KERNELS, PER_WIDTH * load.widths + PER_ROW * load.row_widths)
         needed[PROGRAM] = STARTED + KERNEL * kernels + (COMPILER if load.compiled else 0)
-        needed[SLACK] = round(SLACK_SHARE * shape.block.weights * dtype.itemsize)
+        coming_and_going = (shape.block.weights * dtype.itemsize, _at_work(recipe, shape, load, dtype.itemsize, device))
+        needed[SLACK] = round(sum(map(operator.mul, SLACK_SHARES, coming_and_going)))
     return needed
 
 
@@ -213,7 +216,7 @@ def _activations(recipe: Recipe, shape: Shape, load: Load, dtype: torch.dtype, d
     width, mode = dtype.itemsize, recipe.train.gradient_checkpointing
     inputs = load.tokens * shape.hidden * width * (shape.layers + 1)
     kept = _kept(recipe, shape.block, load.tokens, load.longest, width, device)
-    at_work = kept + load.tokens * shape.block.wide * 4 * width + 2 * shape.largest * width
+    at_work = _at_work(recipe, shape, load, width, device)
     saved = {
         "auto": inputs,
         "on": inputs,
@@ -227,6 +230,12 @@ def _activations(recipe: Recipe, shape: Shape, load: Load, dtype: torch.dtype, d
         "loss chunk": _loss(shape, load.tokens, load.targets, width, device),
         "evaluation": (evaluated + 2 * shape.largest) * width if load.eval_tokens else 0,
     }
+
+
+def _at_work(recipe: Recipe, shape: Shape, load: Load, width: int, device: str) -> int:
+    """What one layer keeps, and what comes and goes while it computes."""
+    kept = _kept(recipe, shape.block, load.tokens, load.longest, width, device)
+    return kept + load.tokens * shape.block.wide * 4 * width + 2 * shape.largest * width
 
 
 def _kept(recipe: Recipe, block: Block, tokens: int, longest: int, width: int, device: str) -> int:
