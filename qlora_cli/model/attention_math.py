@@ -54,7 +54,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], rule: Rule, 
     return result
 
 
-def torch_knows(rule: Rule, longest: int) -> bool:
+def _torch_knows(rule: Rule, longest: int) -> bool:
     """Whether torch's own kernel has this rule for rows of at most `longest` tokens."""
     return rule.softcap is None and (rule.window is None or longest <= rule.window)
 
@@ -73,7 +73,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: tuple[Any, Rule]) -> Tensor:
         lengths, rule = how
         ctx.lengths, ctx.rule = lengths, rule
-        if torch_knows(rule, max(lengths)) and sinks is None and q.shape[2] == v.shape[2] and q.device.type == "cpu":
+        if _torch_knows(rule, max(lengths)) and sinks is None and q.shape[2] == v.shape[2] and q.device.type == "cpu":
             ctx.save_for_backward(q, k, v, sinks)
             return _flash(q, k, v, lengths, rule.scaling)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
