@@ -20,7 +20,8 @@ from torch import Tensor
 QUERIES = 128
 """Queries of a block; at 64 and 256 the same rows took 10% longer."""
 ROUND_TO = 64
-"""Rows are padded to a multiple of this, so that few shapes occur: each keeps a compiled kernel in memory."""
+"""Rows are padded to a multiple of this, so that few shapes occur: each keeps a compiled kernel in memory, and torch's
+own attention never lets go of one."""
 KEPT_KEYS = 512
 """Where the forward pass is ours, probabilities over at most so many keys are kept for the backward pass, others are
 computed again: speed for short rows, memory that grows linearly for long ones."""
@@ -61,11 +62,14 @@ def _torch_knows(rule: Rule, longest: int) -> bool:
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scaling: float) -> Tensor:
     """Each row by torch's kernel for CPUs, which `scaled_dot_product_attention` calls: that would keep what its own
-    backward pass needs."""
+    backward pass needs. What pads a row comes after all that its tokens see."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    rows = ((x[row].transpose(0, 1)[None] for x in (q, k, v)) for row in _rows(lengths))
-    outs = [kernel(*row, 0.0, True, scale=scaling)[0][0].transpose(0, 1) for row in rows]
-    return torch.cat(outs)
+    out = torch.empty_like(q)
+    for row in _rows(lengths):
+        heads = (_heads_first(x[row], x.shape[1])[None] for x in (q, k, v))
+        found: Tensor = kernel(*heads, 0.0, True, scale=scaling)[0]
+        out[row] = found[0, :, : row.stop - row.start].transpose(0, 1)
+    return out
 
 
 class _Attend(torch.autograd.Function):

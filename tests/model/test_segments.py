@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_cli.model import attention_math
 from qlora_cli.model.attention_math import Rule, attend
@@ -224,6 +225,27 @@ def test_sixteen_bit_attention_is_as_exact_as_flash_attention(scaling: float) ->
         errors.append([off(a, b) for a, b in zip(found, exact, strict=True)])
     assert max(errors[1]) > 1e-3
     assert all(ours < 1.6 * theirs for ours, theirs in zip(*errors, strict=True))
+
+
+class Widths(TorchDispatchMode):
+    """The lengths of rows that torch's own kernel is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self.seen |= {x.shape[2] for x in args[:3]}
+        return func(*args, **(kwargs or {}))
+
+
+def test_torchs_kernel_which_is_kept_for_each_length_for_good_meets_few_lengths() -> None:
+    lengths = tuple(range(1, 130, 7))
+    q = torch.randn(sum(lengths), 2, 8, dtype=torch.bfloat16)
+    with Widths() as widths:
+        attend(q, q, q, lengths, Rule(1.0))
+    assert widths.seen == {64, 128}
 
 
 def test_float32_products_are_as_precise_afterwards_as_before() -> None:
