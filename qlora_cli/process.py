@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 
 COMMAND = "train"
 """The one for which this was measured."""
-KERNELS = 128
+KERNELS = 192
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 TUNABLES = "GLIBC_TUNABLES"
 HEAP = (

@@ -23,6 +23,8 @@ from qlora_cli.data.encode import Encoded
 WIDTH_MULTIPLE = 32
 """Micro-batches are padded to a multiple of this, so that few shapes occur: on a CPU each costs a compiled kernel that
 stays in memory, on CUDA a block in the allocator's cache."""
+LONG_LINE, LONG_MULTIPLE = 512, 64
+"""Packed lines of more tokens than the first are padded to a multiple of the second."""
 MEGABATCH = 50
 """Batches that are sorted by length together: shuffled order over the epoch, similar lengths within a batch."""
 
@@ -138,13 +140,12 @@ def round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def join(rows: Sequence[Encoded], multiple: int = 1) -> MicroBatch:
-    """Rows as one packed line whose length is a multiple of `multiple`. No target crosses a border: the last token of
-    a row predicts nothing."""
+def join(rows: Sequence[Encoded], width: int = 0) -> MicroBatch:
+    """Rows as one packed line of at least `width` positions. No target crosses a border: the last token of a row
+    predicts nothing."""
     lengths = [len(row) for row in rows]
-    width = round_up(sum(lengths), multiple)
-    padding = width - sum(lengths)
-    batch = _empty(1, width)
+    padding = max(width - sum(lengths), 0)
+    batch = _empty(1, sum(lengths) + padding)
     for row, start in zip(rows, accumulate(lengths, initial=0), strict=False):
         _put(batch, 0, start, row)
     return replace(batch, packed=(*lengths, *([padding] if padding else [])))
@@ -183,21 +184,23 @@ class Batching:
 
     def collate(self, rows: Sequence[Encoded]) -> MicroBatch:
         """The tensors of one micro-batch."""
-        return join(rows, WIDTH_MULTIPLE) if self.packed else collate(rows, WIDTH_MULTIPLE)
+        return join(rows, self.positions(rows)) if self.packed else collate(rows, WIDTH_MULTIPLE)
 
     def positions(self, rows: Sequence[Encoded]) -> int:
         """Of a micro-batch: the positions that the model computes, padding included."""
         lengths = [len(row) for row in rows]
-        return (
-            round_up(sum(lengths), WIDTH_MULTIPLE)
-            if self.packed
-            else len(rows) * round_up(max(lengths), WIDTH_MULTIPLE)
-        )
+        return self._width(sum(lengths)) if self.packed else len(rows) * round_up(max(lengths), WIDTH_MULTIPLE)
+
+    def _width(self, tokens: int) -> int:
+        """Of a packed line of so many tokens. What pads it is a row, and no longer than a row may be."""
+        full = round_up(max(tokens, self.rows * self.length), WIDTH_MULTIPLE)
+        long = tokens > LONG_LINE and self.length >= LONG_MULTIPLE
+        return min(full, round_up(tokens, LONG_MULTIPLE if long else WIDTH_MULTIPLE))
 
     def bound(self, lengths: Sequence[int]) -> int:
         """At least the positions of the largest micro-batch of a step with rows of these lengths; quick."""
         if self.packed:
-            return round_up(max(*lengths, min(sum(lengths), self.rows * self.length), 0), WIDTH_MULTIPLE)
+            return self._width(max(*lengths, min(sum(lengths), self.rows * self.length), 0))
         return min(len(lengths), self.rows) * round_up(max(lengths), WIDTH_MULTIPLE)
 
     def halved(self) -> Batching | None:

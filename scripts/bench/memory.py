@@ -86,7 +86,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Score the plan of memory against short runs.")
     parser.add_argument("--shapes", nargs="+", default=["30m", "110m", "350m"])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write every result and the machine to this file")
     args = parser.parse_args()
     print("| size | case | planned | measured | error |\n|---|---|---|---|---|")

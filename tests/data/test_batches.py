@@ -191,7 +191,7 @@ LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=30)
 
 
 def test_packed_rows_lie_end_to_end_with_positions_and_borders_of_their_own() -> None:
-    batch = join([row([1, 5, 6, 2], "..xx"), row([1, 7, 2], ".xx")], multiple=8)
+    batch = join([row([1, 5, 6, 2], "..xx"), row([1, 7, 2], ".xx")], width=8)
     assert batch.ids.tolist() == [[1, 5, 6, 2, 1, 7, 2, 0]]
     assert batch.labels.tolist() == [6, 2, 7, 2]
     inputs = batch.inputs
@@ -247,6 +247,23 @@ def test_the_bound_of_a_step_is_never_below_its_largest_micro_batch(
     batching = Batching(rows, 40, packed)
     given_rows = [plain_row(n) for n in lengths]
     assert batching.bound([len(row) for row in given_rows]) >= max(map(batching.positions, batching.split(given_rows)))
+
+
+@few
+@given(st.integers(1, 4), st.integers(32, 2100), st.floats(0, 1))
+def test_a_packed_line_is_padded_by_less_than_a_row_and_a_full_one_as_little_as_can_be(
+    rows: int, length: int, share: float
+) -> None:
+    tokens, full = max(1, round(share * rows * length)), -(-rows * length // 32) * 32
+    width = Batching(rows, length, packed=True).positions([plain_row(tokens)])
+    assert tokens <= width <= full and width % 32 == 0
+    assert width - tokens < (32 if tokens <= 512 or length < 64 else 64)
+
+
+def test_packed_lines_have_few_widths() -> None:
+    batching = Batching(2, 1024, packed=True)
+    widths = {batching.positions([plain_row(tokens)]) for tokens in range(1, 2049)}
+    assert sorted(widths) == [*range(32, 513, 32), *range(576, 2049, 64)]
 
 
 def test_packs_of_log_normal_rows_use_97_percent_of_their_positions() -> None:

@@ -67,7 +67,7 @@ def row(length: int, index: int) -> Encoded:
 
 
 ROWS = [row(length, i) for i, length in enumerate(LENGTHS)]
-PADDED, PACK = collate(ROWS, 16), join(ROWS, 16)
+PADDED, PACK = collate(ROWS, 16), join(ROWS, 64)
 
 
 @cache
