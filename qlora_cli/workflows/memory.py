@@ -13,7 +13,6 @@ libraries keep, and the allocator's slack.
 from __future__ import annotations
 
 import math
-import operator
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -49,21 +48,19 @@ products of different shapes."""
 PER_WIDTH, PER_ROW = 25, 12
 """Shapes of products for each width of a micro-batch (a layer's linear layers and adapters, both ways), and in
 attention for each length of a row (blocks of queries)."""
-SLACK_SHARES = (1.4, 1.6)
-"""CPU: what glibc's heap holds beyond what is in use, per byte of one layer's weights in the compute dtype, and of one
-layer at work: blocks of other sizes come and go, and what is freed stays. Fitted to runs of three sizes
-(scripts/bench/memory.py)."""
+SLACK_SHARE = 3.2
+"""CPU: what glibc's heap holds beyond what is in use, per byte of one layer at work: blocks of other sizes come and go,
+and what is freed stays. Fitted to runs of three sizes and 20 steps, and one of 100 (scripts/bench/memory.py)."""
 
 
 @dataclass(frozen=True)
 class Block:
     """A decoder layer, the largest of a model: what it keeps per token for its backward pass (`saved` values in the
-    compute dtype), its widest product (`wide` values per token), elements of its linear layers' `weights`, how many
-    `adapters` it has, and query `heads`, whose probabilities are kept in rows longer than `flash_up_to`."""
+    compute dtype), its widest product (`wide` values per token), how many `adapters` it has, and query `heads`, whose
+    probabilities are kept in rows longer than `flash_up_to`."""
 
     saved: int
     wide: int
-    weights: int
     adapters: int
     heads: int
     flash_up_to: float
@@ -115,7 +112,6 @@ def block_of(skeleton: Any, adapted: Mapping[str, Any]) -> Block:
         Block(
             saved=sum(out for out, _ in shapes.values()) + (_inputs(shapes) if not gated else _made(shapes, gated)),
             wide=max(max(shape) for shape in shapes.values()),
-            weights=sum(out * in_ for out, in_ in shapes.values()),
             adapters=sum(name in adapted for name in shapes),
             heads=text.num_attention_heads,
             flash_up_to=_flash_up_to(skeleton, text),
@@ -174,8 +170,7 @@ def plan_memory(recipe: Recipe, shape: Shape, load: Load, dtype: torch.dtype, de
     if device == "cpu":
         kernels = min(KERNELS, PER_WIDTH * load.widths + PER_ROW * load.row_widths)
         needed[PROGRAM] = STARTED + KERNEL * kernels + (COMPILER if load.compiled else 0)
-        coming_and_going = (shape.block.weights * dtype.itemsize, _at_work(recipe, shape, load, dtype.itemsize, device))
-        needed[SLACK] = round(sum(map(operator.mul, SLACK_SHARES, coming_and_going)))
+        needed[SLACK] = round(SLACK_SHARE * _at_work(recipe, shape, load, dtype.itemsize, device))
     return needed
 
 
