@@ -116,7 +116,7 @@ def test_the_receipt_compares_with_base_and_adapter_on_the_held_out_rows(run: Pa
     receipt = receipt_of(run / "merged")
     assert receipt["verified"] and receipt["passed"]
     assert receipt["rows"] == 4 and receipt["rows_from"].endswith("rows.jsonl (held out)")
-    assert receipt["kl"] < 1e-9 and receipt["top1_agreement"] == 1
+    assert receipt["kl"] < 1e-6 and receipt["top1_agreement"] == 1  # float32 rounds sums of probabilities at 6e-8
     assert receipt["kl_without_adapter"] > 1e-4
     assert receipt["delta_survived"] == pytest.approx(1, abs=1e-5)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
