@@ -87,8 +87,8 @@ class Shape:
 @dataclass(frozen=True)
 class Load:
     """What is computed at once: positions and longest row of the largest micro-batch in training and in evaluation (0:
-    there is none), the share of positions that carry loss, and how many widths of micro-batches and of rows occur (in
-    multiples of `WIDTH_MULTIPLE`, in the first steps). `compiled`: norms and gated activations are."""
+    there is none), the share of positions that carry loss, and how many widths of micro-batches and of padded rows
+    occur in the first steps. `compiled`: norms and gated activations are."""
 
     tokens: int
     longest: int
