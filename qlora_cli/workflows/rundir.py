@@ -89,7 +89,9 @@ def check_run(path: Path) -> bool:
 
 
 def _is_empty(path: Path) -> bool:
-    return not path.is_dir() or all(child.name == LOCK for child in path.iterdir())
+    """Whether it holds nothing but what a run leaves that is killed while it writes its first file."""
+    first = f".tmp-{STATUS}-"
+    return not path.is_dir() or all(child.name == LOCK or child.name.startswith(first) for child in path.iterdir())
 
 
 def read_status(path: Path) -> dict[str, Any]:

@@ -101,10 +101,10 @@ def run_train(
         done = run.go_on(allowed, tell) if resume else None
         if done is not None:
             return done
-        for event in early:
-            directory.log(event.line())
-        directory.status("starting", step=run.at.step, total_steps=run.total)
+        directory.status("starting", step=run.at.step, total_steps=run.total)  # first: without it this is no run
         with _recorded(directory):
+            for event in early:
+                directory.log(event.line())
             return run.train()
     finally:
         directory.close()

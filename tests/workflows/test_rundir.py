@@ -160,6 +160,15 @@ def test_what_a_killed_process_left_half_written_goes_and_nothing_else(tmp_path:
     assert sorted(contents(tmp_path)) == [".lock", "status.json"]
 
 
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_run_that_was_killed_while_it_wrote_its_first_file_is_begun_anew(resumes: bool, tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("{}")
+    (tmp_path / ".tmp-status.json-x").write_text("{")
+    assert not check_run(tmp_path)
+    RunDirectory(tmp_path, writes=True, resumes=resumes).close()
+    assert sorted(contents(tmp_path)) == [".lock"]
+
+
 def test_only_one_at_a_time_has_a_directory_and_the_other_is_told_who(tmp_path: Path) -> None:
     first = RunDirectory(tmp_path, writes=True)
     for resumes in (False, True):
