@@ -24,7 +24,7 @@ WIDTH_MULTIPLE = 32
 """Micro-batches are padded to a multiple of this, so that few shapes occur: on a CPU each costs a compiled kernel that
 stays in memory, on CUDA a block in the allocator's cache."""
 LONG_LINE, LONG_MULTIPLE = 512, 64
-"""Packed lines of more tokens than the first are padded to a multiple of the second."""
+"""Packed lines of more tokens than the first are padded to a multiple of the second, to the same end."""
 MEGABATCH = 50
 """Batches that are sorted by length together: shuffled order over the epoch, similar lengths within a batch."""
 
