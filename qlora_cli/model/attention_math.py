@@ -55,21 +55,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], rule: Rule, 
     return result
 
 
-def _torch_knows(rule: Rule, longest: int) -> bool:
+def torch_knows(rule: Rule, longest: int) -> bool:
     """Whether torch's own kernel has this rule for rows of at most `longest` tokens."""
     return rule.softcap is None and (rule.window is None or longest <= rule.window)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scaling: float) -> Tensor:
-    """Each row by torch's kernel for CPUs, which `scaled_dot_product_attention` calls: that would keep what its own
-    backward pass needs. What pads a row comes after all that its tokens see."""
+def flash(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scaling: float) -> tuple[Tensor, Tensor]:
+    """(out, [H, T] log of the sum of exponentials): each row by torch's kernel for CPUs, which
+    `scaled_dot_product_attention` calls: that would keep what its own backward pass needs. What pads a row comes after
+    all that its tokens see."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out = torch.empty_like(q)
+    out, logs = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=_accumulator(q.dtype))
     for row in _rows(lengths):
         heads = (_heads_first(x[row], x.shape[1])[None] for x in (q, k, v))
-        found: Tensor = kernel(*heads, 0.0, True, scale=scaling)[0]
-        out[row] = found[0, :, : row.stop - row.start].transpose(0, 1)
-    return out
+        found, sums = kernel(*heads, 0.0, True, scale=scaling)
+        length = row.stop - row.start
+        out[row], logs[:, row] = found[0, :, :length].transpose(0, 1), sums[0, :, :length]
+    return out, logs
 
 
 class _Attend(torch.autograd.Function):
@@ -77,9 +79,9 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: tuple[Any, Rule]) -> Tensor:
         lengths, rule = how
         ctx.lengths, ctx.rule = lengths, rule
-        if _torch_knows(rule, max(lengths)) and sinks is None and q.shape[2] == v.shape[2] and q.device.type == "cpu":
+        if torch_knows(rule, max(lengths)) and sinks is None and q.shape[2] == v.shape[2] and q.device.type == "cpu":
             ctx.save_for_backward(q, k, v, sinks)
-            return _flash(q, k, v, lengths, rule.scaling)
+            return flash(q, k, v, lengths, rule.scaling)[0]
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         kept: list[Tensor | None] = []
         with _exact_products(q):

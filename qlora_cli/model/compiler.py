@@ -1,25 +1,24 @@
-"""Whether torch can compile on this machine.
+"""Whether parts of the engine can be compiled on this machine.
 
-Knows what torch's compiler needs. Invariant: finding out compiles nothing; that it works shows when it does.
+Knows what compilers need. Invariant: finding out compiles nothing; that it works shows when it does.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 
 import torch
 
 from qlora_cli.cache.entries import cache_place
+from qlora_cli.model.native.build import why_not
 
 
 def why_no_compiler(device: torch.device) -> str:
-    """Empty where torch.compile has what it needs for `device`; else what is missing."""
+    """Empty where there is what compiling for `device` needs; else what is missing."""
     if device.type == "cuda":
         return "" if importlib.util.find_spec("triton") else "triton is not installed"
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    return "" if any(map(shutil.which, names)) else "there is no C++ compiler"
+    return why_not()
 
 
 def keep_compiled() -> None:

@@ -22,9 +22,11 @@ from qlora_cli.model.compiler import keep_compiled, why_no_compiler
 from qlora_cli.model.fused import fuse, unfuse
 from qlora_cli.model.lora import LoraLinear
 from qlora_cli.model.loss import LossSum, TargetLosses, plain_loss, plain_losses
+from qlora_cli.model.native.build import NotBuiltError
+from qlora_cli.model.native.pointwise import native_kernels
 from qlora_cli.model.packing import find_packing
-from qlora_cli.model.pointwise import Kernels
-from qlora_cli.model.segments import set_attention
+from qlora_cli.model.pointwise import Kernels, compiled_kernels, plain_kernels
+from qlora_cli.model.segments import COMPILED, set_attention
 from qlora_cli.model.shortcuts import restore, shorten
 from qlora_cli.model.trial import DECLINED, in_mode, in_words
 
@@ -88,7 +90,7 @@ def build_engine(model: Any, layers: Sequence[LoraLinear], compiled: bool) -> En
             pointwise, seconds = _pointwise(probe, compiled)
             parts = [_fused(probe), pointwise]
         loss, losses, chunked = _loss(probe)
-        packed = _packed(probe)
+        packed = _packed(probe, compiled)
     return Engine(loss, losses, packed.used, (packed, chunked, *parts), seconds)
 
 
@@ -165,16 +167,26 @@ def _fused(probe: _Probe) -> Part:
 
 def _pointwise(probe: _Probe, compiled: bool) -> tuple[Part, float]:
     """The part, and the seconds that compiling took."""
-    reason = why_no_compiler(probe.model.device) if compiled else "not compiled"
-    if reason:
-        return _shortened(probe, Kernels(compiled=False), f"fused ({reason})"), 0.0
+    started, reason = time.perf_counter(), "not compiled"
+    if compiled:
+        try:
+            part = _shortened(probe, _compiled(probe.model.device), "compiled")
+            if part.used:
+                return part, time.perf_counter() - started
+            reason = f"compiled: {part.detail}"
+        except NotBuiltError as error:
+            reason = str(error)
+    return _shortened(probe, plain_kernels(), f"fused ({reason})"), 0.0
+
+
+def _compiled(device: torch.device) -> Kernels:
+    """For a CPU, what is written for it; for a GPU, what torch's compiler makes of the plain ones."""
+    if reason := why_no_compiler(device):
+        raise NotBuiltError(reason)
+    if device.type == "cpu":
+        return native_kernels()
     keep_compiled()
-    started = time.perf_counter()
-    part = _shortened(probe, Kernels(compiled=True), "compiled")
-    seconds = time.perf_counter() - started
-    if part.used:
-        return part, seconds
-    return _shortened(probe, Kernels(compiled=False), f"fused (compiled: {part.detail})"), seconds
+    return compiled_kernels()
 
 
 def _shortened(probe: _Probe, kernels: Kernels, how: str) -> Part:
@@ -187,12 +199,14 @@ def _shortened(probe: _Probe, kernels: Kernels, how: str) -> Part:
     return Part(name, True, f"{norms} norms and {gates} gated activations {how}")
 
 
-def _packed(probe: _Probe) -> Part:
-    found = find_packing(probe.model, probe.vocabulary)
+def _packed(probe: _Probe, compiled: bool) -> Part:
+    found = find_packing(probe.model, probe.vocabulary, compiled)
     if found.attention is None:
         return Part(PACKED, False, found.reason)
     set_attention(probe.model, found.attention)
-    return Part(PACKED, True, PACKED)
+    if found.attention == COMPILED:
+        return Part(PACKED, True, f"{PACKED}, attention compiled")
+    return Part(PACKED, True, f"{PACKED} (attention not compiled: {found.reason})" if found.reason else PACKED)
 
 
 def _loss(probe: _Probe) -> tuple[LossSum, TargetLosses, Part]:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.model.segments import ATTENTION, using_attention
+from qlora_cli.model.native.attention import why_no_attention
+from qlora_cli.model.segments import ATTENTION, COMPILED, using_attention
 from qlora_cli.model.trial import DECLINED, in_mode, in_words
 
 LENGTHS = (19, 32)
@@ -30,25 +31,31 @@ a leak from row to row shows in a gradient that must be zero to the bit."""
 
 @dataclass(frozen=True)
 class Packing:
-    """The attention that makes packing exact; None, with a reason in a few words, where none does."""
+    """The attention that makes packing exact, None where none does; and why not a faster one, in a few words."""
 
     attention: str | None
     reason: str = ""
 
 
-def find_packing(model: Any, vocabulary: int) -> Packing:
-    """Tries the attentions for this machine, fastest first. `model` computes on the device it will train on."""
+def find_packing(model: Any, vocabulary: int, compiled: bool = False) -> Packing:
+    """Tries the attentions for this machine, fastest first. `model` computes on the device it will train on. With
+    `compiled`, also the one that is compiled for a CPU."""
     reason = ""
-    for attention in _candidates(model):
-        reason = why_not_packed(model, attention, vocabulary)
-        if not reason:
-            return Packing(attention)
+    for attention, missing in _candidates(model, compiled).items():
+        why = missing or why_not_packed(model, attention, vocabulary)
+        if not why:
+            return Packing(attention, reason)
+        reason = why
     return Packing(None, reason)
 
 
-def _candidates(model: Any) -> list[str]:
-    present = model.device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    return ["flash_attention_2", ATTENTION] if present and _sixteen_bit(model) else [ATTENTION]
+def _candidates(model: Any, compiled: bool) -> dict[str, str]:
+    """By their names, what they lack on this machine."""
+    if model.device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None and _sixteen_bit(model):
+        return {"flash_attention_2": "", ATTENTION: ""}
+    if model.device.type == "cpu" and compiled:
+        return {COMPILED: why_no_attention(model.dtype, model.device), ATTENTION: ""}
+    return {ATTENTION: ""}
 
 
 def _sixteen_bit(model: nn.Module) -> bool:

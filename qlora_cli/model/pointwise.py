@@ -1,14 +1,15 @@
 """The parts of a layer between its products: RMSNorm, and the gated activation of its MLP.
 
-Knows tensors and torch.compile; which modules they stand in for is `shortcuts.py`'s. Invariant: results and gradients
-are those of the usual formulas in float32, rounded once; compiled or not, the same functions run.
+Knows tensors and torch's compiler; which modules they stand in for is `shortcuts.py`'s. Invariant: results and
+gradients are those of the usual formulas in float32, rounded once; compiled by torch or not, the same functions run.
 
 Each is one step of automatic differentiation that saves its inputs alone, where autograd would save every intermediate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -62,19 +63,26 @@ GATES: dict[str, tuple[Kernel, Kernel]] = {
 """Activations, each with its backward pass: (gradient of its result, its input) -> gradient of its input."""
 
 
+@dataclass(frozen=True)
 class Kernels:
-    """The functions above, as they stand or compiled."""
+    """The functions above, or twins of theirs: each forward and backward."""
 
-    def __init__(self, compiled: bool) -> None:
-        def kernel(function: Kernel, *first: Kernel) -> Kernel:
-            given = partial(function, *first)
-            return torch.compile(given, dynamic=True) if compiled else given
+    norm: tuple[Kernel, Kernel]
+    gates: Mapping[str, tuple[Kernel, Kernel]]
 
-        self.norm = (kernel(norm_forward), kernel(norm_backward))
-        self.gates = {
-            name: (kernel(gate_forward, activation), kernel(gate_backward, activation, backward))
-            for name, (activation, backward) in GATES.items()
-        }
+
+def plain_kernels(wrap: Callable[[Kernel], Kernel] = lambda function: function) -> Kernels:
+    """The functions above, each handed to `wrap`."""
+    gates = {
+        name: (wrap(partial(gate_forward, activation)), wrap(partial(gate_backward, activation, backward)))
+        for name, (activation, backward) in GATES.items()
+    }
+    return Kernels((wrap(norm_forward), wrap(norm_backward)), gates)
+
+
+def compiled_kernels() -> Kernels:
+    """The functions above by torch's compiler."""
+    return plain_kernels(partial(torch.compile, dynamic=True))
 
 
 def rms_norm(kernels: Kernels, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,9 +23,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qlora_cli.model.attention_math import Rule, attend
+from qlora_cli.model import attention_math
+from qlora_cli.model.attention_math import Rule
+from qlora_cli.model.native import attention as native
 
-ATTENTION = "qlora_segments"
+ATTENTION, COMPILED = "qlora_segments", "qlora_compiled"
+"""Their names for transformers; the second is for where `native.why_no_attention` says nothing."""
 HARMLESS = frozenset({"use_cache", "position_ids", "output_attentions", "cu_seq_lens_k", "max_length_k"})
 """Keywords that models hand down to their attention and that change nothing in it; the borders of keys are those of
 queries."""
@@ -52,32 +56,39 @@ class Rows:
         return [end - start for start, end in pairwise(places) if end > start]
 
 
-def segments_attention(
+Attend = Callable[..., Tensor]
+
+
+def _attention(
+    attend: Attend,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    *,
-    is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """[B, T, H, Dv] for query [B, H, T, D], key [B, KV, T, D] and value [B, KV, T, Dv], as transformers calls it.
+    """[B, T, H, Dv] for query [B, H, T, D], key [B, KV, T, D] and value [B, KV, T, Dv], as transformers calls it; by
+    `attend` where no kernel of torch's is.
 
     With a mask, or where the module attends both ways, it is transformers' own function for SDPA.
     """
     given = {name: option for name, option in options.items() if option is not None and name not in HARMLESS}
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    causal = given.pop("is_causal", getattr(module, "is_causal", True))
     if attention_mask is not None or not causal:
         _refuse_all_but(given, {"scaling", "dropout", "sliding_window", "max_length_q"}, "a mask or two-way attention")
         few = {name: given[name] for name in ("scaling", "dropout") if name in given}
         masked, _ = sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=causal, **few)
         return masked, None
     rows = _rows(query, key, value, given)
-    return _pick(rows)(rows).unflatten(0, (query.shape[0], query.shape[2])), None
+    return _pick(rows, attend)(rows).unflatten(0, (query.shape[0], query.shape[2])), None
 
 
-AttentionInterface.register(ATTENTION, segments_attention)  # without a mask function: a model then passes no mask
+segments_attention = partial(_attention, attention_math.attend)
+compiled_attention = partial(_attention, native.attend)
+# without a mask function: a model then passes no mask
+AttentionInterface.register(ATTENTION, segments_attention)
+AttentionInterface.register(COMPILED, compiled_attention)
 
 
 def _refuse_all_but(given: dict[str, Any], known: set[str], where: str) -> None:
@@ -108,17 +119,17 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def _pick(rows: Rows) -> Callable[[Rows], Tensor]:
+def _pick(rows: Rows, attend: Attend) -> Callable[[Rows], Tensor]:
     """On a GPU torch's kernels where they know the rule; on a CPU they are slow. Only they know dropout."""
     plain = rows.rule.softcap is None and rows.sinks is None
     if rows.q.is_cuda and plain and not rows.dropout and _fits_varlen(rows):
         return _varlen
     if rows.dropout or (rows.q.is_cuda and plain and rows.rule.window is None):
         return _row_by_row
-    return _blockwise
+    return partial(_blockwise, attend)
 
 
-def _blockwise(rows: Rows) -> Tensor:
+def _blockwise(attend: Attend, rows: Rows) -> Tensor:
     with torch.autocast(rows.q.device.type, enabled=False):  # scores are in float32, as written
         return attend(rows.q, rows.k, rows.v, rows.lengths, rows.rule, rows.sinks)
 

@@ -40,8 +40,6 @@ MOST_STEPS, FIRST = 1000, 50
 STARTED = 55_000_000
 """CPU: code and tables of libraries that the first step brings in (bitsandbytes, oneDNN, OpenMP), and kernels for
 the engine's probe. Measured: growth of the heap in use (mallinfo2) and of file pages over `build_engine`."""
-COMPILER = 50_000_000
-"""CPU: torch's compiler, and what it compiled. Measured: peak of one recipe with and without."""
 KERNEL = 540_000
 """CPU: what oneDNN and torch keep for each shape of a product (of at most `KERNELS`). Measured: heap in use after 200
 products of different shapes."""
@@ -88,7 +86,7 @@ class Shape:
 class Load:
     """What is computed at once: positions and longest row of the largest micro-batch in training and in evaluation (0:
     there is none), the share of positions that carry loss, and how many widths of micro-batches and of padded rows
-    occur in the first steps. `compiled`: norms and gated activations are."""
+    occur in the first steps. `compiled`: what can be compiled for the device is."""
 
     tokens: int
     longest: int
@@ -169,8 +167,8 @@ def plan_memory(recipe: Recipe, shape: Shape, load: Load, dtype: torch.dtype, de
     held = {**_weights(recipe, shape, dtype), **_trained(recipe, shape, dtype, device)}
     needed = {**held, **_activations(recipe, shape, load, dtype, device)}
     if device == "cpu":
-        kernels = min(KERNELS, PER_WIDTH * load.widths + PER_ROW * load.row_widths)
-        needed[PROGRAM] = STARTED + KERNEL * kernels + (COMPILER if load.compiled else 0)
+        in_attention = 0 if load.compiled else PER_ROW * load.row_widths
+        needed[PROGRAM] = STARTED + KERNEL * min(KERNELS, PER_WIDTH * load.widths + in_attention)
         at_work = _at_work(recipe, shape, load, dtype.itemsize, device)
         needed[SLACK] = round(SLACK_SHARES[0] * at_work + SLACK_SHARES[1] * needed["layer inputs"])
     return needed

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qlora_cli.model.pointwise import GATES, Kernels, gated, rms_norm
+from qlora_cli.model.native.build import why_not
+from qlora_cli.model.native.pointwise import native_kernels
+from qlora_cli.model.pointwise import GATES, Kernels, compiled_kernels, gated, plain_kernels, rms_norm
 
-PLAIN = Kernels(compiled=False)
+PLAIN = plain_kernels()
+KERNELS: dict[str, Callable[[], Kernels]] = {"plain": lambda: PLAIN} | ({} if why_not() else {"native": native_kernels})
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 EPS = 1e-3
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -57,31 +60,33 @@ def usual_norm(kind: type[nn.Module], weight: Tensor) -> nn.Module:
     return module
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
 def test_a_norm_and_its_gradient_are_those_of_autograd_in_float32(
-    kind: type[nn.Module], dtype: torch.dtype, shape: tuple[int, ...], layout: str
+    kind: type[nn.Module], dtype: torch.dtype, shape: tuple[int, ...], layout: str, kernels: str
 ) -> None:
     x, weight = random(shape, dtype, 0), random((1, shape[-1]), dtype, 1)[0] * 300
     factor = weight if kind is LlamaRMSNorm else 1 + weight.float()
-    found = measured(lambda each: rms_norm(PLAIN, LAYOUTS[layout](each), factor, EPS), x)
+    found = measured(lambda each: rms_norm(KERNELS[kernels](), LAYOUTS[layout](each), factor, EPS), x)
     wanted = measured(lambda each: usual_norm(kind, weight.float())(LAYOUTS[layout](each)), x.float())
     assert [each.dtype for each in found] == [dtype, dtype]
     assert all(gap(a, b) < TOLERANCES[dtype] for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("name", GATES)
 def test_a_gated_activation_and_its_gradients_are_those_of_autograd_in_float64(
-    name: str, dtype: torch.dtype, shape: tuple[int, ...], layout: str
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], layout: str, kernels: str
 ) -> None:
     gate, up = random(shape, dtype, 0), random(shape, dtype, 1)
     lay = LAYOUTS[layout]
-    found = measured(lambda g, u: gated(PLAIN, name, lay(g), lay(u)), gate, up)
+    found = measured(lambda g, u: gated(KERNELS[kernels](), name, lay(g), lay(u)), gate, up)
     wanted = measured(lambda g, u: ACTIVATIONS[name](lay(g)) * lay(u), gate.double(), up.double())
     assert [each.dtype for each in found] == [dtype] * 3
     assert all(gap(a, b) < TOLERANCES[dtype] for a, b in zip(found, wanted, strict=True))
@@ -91,15 +96,16 @@ def test_the_tables_of_activations_agree() -> None:
     assert ACTIVATIONS.keys() == GATES.keys()
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_of_zeros_and_of_the_largest_numbers_give_finite_gradients(dtype: torch.dtype) -> None:
+def test_rows_of_zeros_and_of_the_largest_numbers_give_finite_gradients(dtype: torch.dtype, kernels: str) -> None:
     largest = torch.finfo(torch.float16).max / 2
     x = torch.tensor([[0.0] * 4, [largest, -largest, 1.0, -1.0]], dtype=dtype)
     weight = torch.ones(4, dtype=dtype)
-    for each in measured(lambda x: rms_norm(PLAIN, x, weight, 1e-6) / 1e4, x):
+    for each in measured(lambda x: rms_norm(KERNELS[kernels](), x, weight, 1e-6) / 1e4, x):
         assert each.isfinite().all()
     for name in GATES:
-        for each in measured(lambda g, name=name: gated(PLAIN, name, g, torch.ones_like(g)), x):
+        for each in measured(lambda g, name=name: gated(KERNELS[kernels](), name, g, torch.ones_like(g)), x):
             assert each.isfinite().all()
 
 
@@ -129,3 +135,39 @@ def test_without_gradients_the_results_are_the_same(without: Any) -> None:
     assert not gate.requires_grad
     assert torch.equal(norm, rms_norm(PLAIN, x, weight, EPS))
     assert torch.equal(gate, gated(PLAIN, "silu", x, up))
+
+
+@pytest.mark.skipif(why_not() != "", reason=why_not())
+@pytest.mark.parametrize("count", [2, 31, 20_000, 70_001])
+def test_what_is_compiled_is_rounded_once_at_every_length(count: int) -> None:
+    """Short or long, by one thread or several, and what vectors leave over; with a number that is none."""
+    x, up = (random((2, count), torch.bfloat16, seed)[1] for seed in range(2))
+    x[0], native, weight = float("nan"), native_kernels(), torch.linspace(0.5, 2, count)
+    for name, activation in ACTIVATIONS.items():
+        found, wanted = gated(native, name, x, up), activation(x.double()) * up.double()
+        assert found[0].isnan()
+        assert ((found - wanted)[1:].abs() <= wanted[1:].abs() / 250 + 1e-9).all()
+    assert rms_norm(native, x[None], weight, EPS).isnan().all()
+    scale = torch.rsqrt(x[1:].double().square().mean() + EPS)
+    wanted = x[1:].double() * scale * weight[1:].double()
+    assert ((rms_norm(native, x[None, 1:], weight[1:], EPS)[0] - wanted).abs() <= wanted.abs() / 250).all()
+
+
+@pytest.mark.skipif(why_not() != "", reason=why_not())
+def test_by_torchs_compiler_the_results_are_the_same_and_one_kernel_serves_all_shapes() -> None:
+    with torch._inductor.config.patch({"force_disable_caches": True}):
+        compiled = compiled_kernels()
+        weight, results = torch.linspace(0.5, 2, 48), list[list[Tensor]]()
+        for shape in [(6, 48), (9, 48), (5, 48)]:
+            x, up = random(shape, torch.float32, 0), random(shape, torch.float32, 1)
+            with torch.compiler.set_stance("fail_on_recompile" if len(results) > 2 else "default"):
+                for kernels in (PLAIN, compiled):
+                    found = measured(lambda a, k=kernels: rms_norm(k, a, weight, EPS), x)
+                    results.append(found + measured(lambda a, b, k=kernels: gated(k, "silu", a, b), x, up))
+    pairs = [
+        pair
+        for plain, other in zip(results[::2], results[1::2], strict=True)
+        for pair in zip(plain, other, strict=True)
+    ]
+    assert len(pairs) == 15
+    assert max(gap(a, b) for a, b in pairs) < 1e-5

@@ -8,10 +8,10 @@ import weakref
 import pytest
 import torch
 
-from qlora_cli.model.pointwise import GATES, Kernels, gated, rms_norm
+from qlora_cli.model.pointwise import GATES, gated, plain_kernels, rms_norm
 from qlora_cli.model.remake import origin_of, remember
 
-KERNELS = Kernels(compiled=False)
+KERNELS = plain_kernels()
 
 
 def test_a_tensor_without_an_origin_is_saved_itself() -> None:

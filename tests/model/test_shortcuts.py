@@ -14,12 +14,12 @@ from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qlora_cli.model.pointwise import Kernels
+from qlora_cli.model.pointwise import plain_kernels
 from qlora_cli.model.shortcuts import restore, shorten
 from tests.conftest import make_llama
 from tests.model.test_loss import CONFIGS
 
-PLAIN = Kernels(compiled=False)
+PLAIN = plain_kernels()
 IDS = torch.arange(24).view(2, 12) + 60
 COUNTS = {
     "llama": (5, 2),
