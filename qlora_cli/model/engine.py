@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from qlora_cli.model.chunked import chunked_loss
 from qlora_cli.model.compiler import keep_compiled, why_no_compiler
-from qlora_cli.model.fused import fuse, unfuse
+from qlora_cli.model.fused import PLAIN, Products, fuse, unfuse
 from qlora_cli.model.lora import LoraLinear
 from qlora_cli.model.loss import LossSum, TargetLosses, plain_loss, plain_losses
 from qlora_cli.model.native.build import NotBuiltError
 from qlora_cli.model.native.pointwise import native_kernels
+from qlora_cli.model.native.products import native_products
 from qlora_cli.model.packing import find_packing
 from qlora_cli.model.pointwise import Kernels, compiled_kernels, plain_kernels
 from qlora_cli.model.segments import COMPILED, set_attention
@@ -88,7 +89,7 @@ def build_engine(model: Any, layers: Sequence[LoraLinear], compiled: bool) -> En
         probe = _Probe.of(model, layers)
         if layers:
             pointwise, seconds = _pointwise(probe, compiled)
-            parts = [_fused(probe), pointwise]
+            parts = [_fused(probe, compiled), pointwise]
         loss, losses, chunked = _loss(probe)
         packed = _packed(probe, compiled)
     return Engine(loss, losses, packed.used, (packed, chunked, *parts), seconds)
@@ -154,15 +155,27 @@ def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return float(torch.stack(apart).norm() / torch.stack([b.float().norm() for b in wanted]).norm())
 
 
-def _fused(probe: _Probe) -> Part:
-    name = "fused projections"
-    count = fuse(probe.model, probe.layers, probe.inputs)
-    problem = probe.off() if count else "no layer can be"
+def _fused(probe: _Probe, compiled: bool) -> Part:
+    name, on_cpu = "fused projections", probe.model.device.type == "cpu"
+    count, problem, how = 0, "no layer can be", ""
+    for products, words in _products(compiled and on_cpu):
+        count, how = fuse(probe.model, probe.layers, probe.inputs, products), words
+        problem = probe.off() if count else "no layer can be"
+        if not problem:
+            break
     if problem:
         unfuse(probe.layers)
         return Part(name, False, problem)
     groups = len({layer.group for layer in probe.layers if layer.group})
-    return Part(name, True, f"{count} of {len(probe.layers)} projections fused in {groups} groups")
+    return Part(name, True, f"{count} of {len(probe.layers)} projections fused in {groups} groups{how}")
+
+
+def _products(compiled: bool) -> Iterator[tuple[Products, str]]:
+    """Ways to compute products, fastest first, and words for them."""
+    if compiled:
+        with suppress(NotBuiltError):
+            yield native_products(), " and compiled"
+    yield PLAIN, ""
 
 
 def _pointwise(probe: _Probe, compiled: bool) -> tuple[Part, float]:

@@ -9,14 +9,16 @@ For layers i with weights W_i, biases b_i and adapters A_i, B_i of scaling s_i:
     dh_i = s_i dy_i B_i             dx = sum_i dy_i W_i + dropout_i'(dh_i A_i)
     dA_i = dh_i^T dropout_i(x)      dB_i = s_i dy_i^T h_i
 
-There are two functions, `_Down` for h and `_Project` for y. All that the backward pass needs is saved by the first, so
-that activation checkpointing, which recomputes up to the last saved tensor, leaves out a block's last product.
+There are two functions, `_Down` for h and `_Project` for y; the products with W_i are those of `Products`. All that the
+backward pass needs is saved by the first, so that activation checkpointing, which recomputes up to the last saved
+tensor, leaves out a block's last product.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -30,6 +32,43 @@ from qlora_cli.model.remake import origin_of
 
 DESK = Desk()
 """Of all groups: each product is done with its weight before the next is written out."""
+
+
+Pairs = Sequence[tuple[LoraLinear, Tensor]]
+"""Layers and the gradients of their outputs."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """How y and dx are computed: `forward(layer, x, h)` is y_i. `backward(pairs, dhidden, downs)` is dx, with
+    dhidden [T, sum of ranks] times all A, `downs`, unless these are None."""
+
+    forward: Callable[[LoraLinear, Tensor, Tensor], Tensor]
+    backward: Callable[[Pairs, Tensor | None, Tensor | None], Tensor]
+
+
+def plain_forward(layer: LoraLinear, x: Tensor, h: Tensor) -> Tensor:
+    """See `Products`."""
+    y = torch.nn.functional.linear(x, frozen_weight(layer.base, x.dtype, DESK), bias_of(layer, x.dtype))
+    return y.addmm_(h, layer.lora_b.detach().to(x.dtype).t(), alpha=layer.scaling)
+
+
+def plain_backward(pairs: Pairs, dhidden: Tensor | None, downs: Tensor | None) -> Tensor:
+    """See `Products`."""
+    (layer, dy), *others = pairs
+    dx = dy @ frozen_weight(layer.base, dy.dtype, DESK)
+    for layer, dy in others:
+        dx.addmm_(dy, frozen_weight(layer.base, dy.dtype, DESK))
+    return dx if dhidden is None or downs is None else dx.addmm_(dhidden, downs)
+
+
+def bias_of(layer: LoraLinear, dtype: torch.dtype) -> Tensor | None:
+    """[out]"""
+    bias: Any = layer.base.bias
+    return None if bias is None else bias.detach().to(dtype)
+
+
+PLAIN = Products(plain_forward, plain_backward)
 
 
 class Ahead:
@@ -52,9 +91,9 @@ class Ahead:
 class Group:
     """LoRA layers that are called one after the other with the same input; the first call computes all of them."""
 
-    def __init__(self, layers: Sequence[LoraLinear], ahead: Ahead) -> None:
+    def __init__(self, layers: Sequence[LoraLinear], ahead: Ahead, products: Products) -> None:
         self.layers = tuple(layers)
-        self._ahead = ahead
+        self._ahead, self._products = ahead, products
 
     def __call__(self, layer: LoraLinear, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] of `layer`, which is one of the group's."""
@@ -62,18 +101,18 @@ class Group:
             return layer.plain(x)
         if layer is not self.layers[0]:
             found = self._ahead.take(layer, x)
-            return project((layer,), x)[0] if found is None else found
+            return project((layer,), x, self._products)[0] if found is None else found
         self._ahead.input, self._ahead.outputs = None, {}
-        first, *others = project(self.layers, x)
+        first, *others = project(self.layers, x, self._products)
         if others:
             self._ahead.input, self._ahead.outputs = x, dict(zip(self.layers[1:], others, strict=True))
         return first
 
 
-def project(layers: Sequence[LoraLinear], x: Tensor) -> tuple[Tensor, ...]:
+def project(layers: Sequence[LoraLinear], x: Tensor, products: Products = PLAIN) -> tuple[Tensor, ...]:
     """The outputs [..., out_i] of `layers` for their common input [..., in]."""
     origin = origin_of(x)
-    call = _Call(tuple(layers), origin.make)
+    call = _Call(tuple(layers), origin.make, products)
     flat = x.reshape(-1, x.shape[-1])
     factors = [factor for layer in layers for factor in (layer.lora_a, layer.lora_b)]
     hidden = _Down.apply(call, flat, *factors, *origin.sources)
@@ -85,8 +124,8 @@ class _Call:
     """What the two functions of one call share: the layers, how their input is made of what is saved for it, and on the
     way back the gradients of their outputs."""
 
-    def __init__(self, layers: tuple[LoraLinear, ...], make: Callable[..., Tensor]) -> None:
-        self.layers, self.make = layers, make
+    def __init__(self, layers: tuple[LoraLinear, ...], make: Callable[..., Tensor], products: Products) -> None:
+        self.layers, self.make, self.products = layers, make, products
         self.ranks = [layer.lora_a.shape[0] for layer in layers]
         self.shares = [layer.dropout.p if layer.training else 0.0 for layer in layers]
         self.dys: tuple[Tensor, ...] = ()
@@ -169,14 +208,9 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, x: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
-        ctx.call, ctx.dtype = call, x.dtype
-        found = []
-        for layer, h in zip(call.layers, call.split(hidden), strict=True):
-            bias: Any = layer.base.bias
-            bias = None if bias is None else bias.detach().to(x.dtype)
-            y = torch.nn.functional.linear(x, frozen_weight(layer.base, x.dtype, DESK), bias)
-            found.append(y.addmm_(h, layer.lora_b.detach().to(x.dtype).t(), alpha=layer.scaling))
-        return tuple(found)
+        ctx.call = call
+        pairs = zip(call.layers, call.split(hidden), strict=True)
+        return tuple(call.products.forward(layer, x, h) for layer, h in pairs)
 
     @staticmethod
     @once_differentiable
@@ -188,26 +222,21 @@ class _Project(torch.autograd.Function):
         dhidden = ups[0] if len(ups) == 1 else torch.cat(ups, dim=1)
         if not ctx.needs_input_grad[1]:
             return None, None, dhidden
-        first, *others = pairs
-        dx = first[1] @ frozen_weight(first[0].base, ctx.dtype, DESK)
-        for layer, dy in others:
-            dx.addmm_(dy, frozen_weight(layer.base, ctx.dtype, DESK))
-        if not call.drops:
-            dx.addmm_(dhidden, call.downs(ctx.dtype))
-        return None, dx, dhidden
+        through = (None, None) if call.drops else (dhidden, call.downs(dhidden.dtype))
+        return None, call.products.backward(pairs, *through), dhidden
 
 
-def fuse(model: Any, layers: Sequence[LoraLinear], inputs: Mapping[str, Any]) -> int:
-    """Lets `layers` of `model` compute in groups: those that, when it computes `inputs`, are called in a row with the
-    very same tensor. Returns how many layers do; the others (called twice, or given another type than their base
-    computes in) stay as they are."""
+def fuse(model: Any, layers: Sequence[LoraLinear], inputs: Mapping[str, Any], products: Products = PLAIN) -> int:
+    """Lets `layers` of `model` compute in groups, by `products`: those that, when it computes `inputs`, are called in a
+    row with the very same tensor. Returns how many layers do; the others (called twice, or given another type than
+    their base computes in) stay as they are."""
     calls = _record_calls(model, layers, inputs)
     counts = Counter(layer for layer, _ in calls)
     fusible = [(layer, x) for layer, x in calls if counts[layer] == 1 and computes_in(layer.base) in (None, x.dtype)]
     ahead = Ahead()
     for _, same in groupby(fusible, key=lambda call: id(call[1])):
         members = [layer for layer, _ in same]
-        group = Group(members, ahead)
+        group = Group(members, ahead, products)
         for layer in members:
             layer.group = group
     return len(fusible)

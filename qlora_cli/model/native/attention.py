@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_cli.model.attention_math import Rule, flash, torch_knows
-from qlora_cli.model.native.build import NotBuiltError, library
+from qlora_cli.model.native.build import NotBuiltError, library, why_not
 
 BY_AMX = 2
 """What attention_ready says where products are done by AMX."""
@@ -26,6 +26,8 @@ def why_no_attention(dtype: torch.dtype, device: torch.device) -> str:
     """Empty where `attend` computes tensors of this type there; else why not. Compiles it if need be."""
     if device.type != "cpu" or dtype is not torch.bfloat16:
         return "for bfloat16 on CPUs only"
+    if reason := why_not():
+        return reason
     try:
         return "" if library().attention_ready() else "the processor has no bfloat16 products"
     except NotBuiltError as error:

@@ -17,7 +17,7 @@ typedef uint16_t bf16;
 
 static const int E = 32;  // rows or columns of a block
 
-static bool amx = false;  // whether this process may use it
+static bool amx = false;  // whether this process may use it; each file asks
 
 static inline bool ask_for_amx() {
 #ifdef __AMX_BF16__
@@ -33,22 +33,33 @@ struct alignas(64) Tiles {
     uint8_t rows[16];
 };
 
-class UsingTiles {  // all eight of 16 rows of 64 bytes; what was set before is set again
+static const Tiles SQUARE = {// all eight of 16 rows of 64 bytes
+                             1,
+                             0,
+                             {},
+                             {64, 64, 64, 64, 64, 64, 64, 64},
+                             {16, 16, 16, 16, 16, 16, 16, 16}};
+
+class UsingTiles {  // what was set before is set again
     Tiles before;
+
+    // In GCC 12 these do not say that they read or write more than eight bytes, nor loading a tile that it reads
+    // memory.
+    static void load(const Tiles &tiles) {
+        asm volatile("" ::"r"(&tiles) : "memory");
+        _tile_loadconfig(&tiles);
+    }
 
   public:
     UsingTiles() {
         if (!amx) return;
         _tile_storeconfig(&before);
-        Tiles ours = {};
-        ours.palette = 1;
-        for (int i = 0; i < 8; i++) ours.bytes[i] = 64, ours.rows[i] = 16;
-        _tile_loadconfig(&ours);
+        load(SQUARE);
     }
     ~UsingTiles() {
         if (!amx) return;
         if (before.palette)
-            _tile_loadconfig(&before);
+            load(before);
         else
             _tile_release();
     }
@@ -57,7 +68,7 @@ class UsingTiles {  // all eight of 16 rows of 64 bytes; what was set before is 
 static inline void product_amx(float *c, const bf16 *a, int64_t lda, const bf16 *b, int64_t ldb, int steps, bool add,
                                int64_t ldc) {
     float *low = c + 16 * ldc;
-    asm volatile("" ::: "memory");  // in GCC 12, loading a tile does not say that it reads memory
+    asm volatile("" ::: "memory");
     if (add) {
         _tile_loadd(0, c, ldc * 4);
         _tile_loadd(1, c + 16, ldc * 4);

@@ -24,7 +24,9 @@ from qlora_cli.cache.entries import cache_place
 from qlora_cli.files import sha256
 
 SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in {".cpp", ".h"})
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+ROUNDING = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
+"""What is written as two operations is rounded twice."""
+FLAGS = ("-std=c++17", "-O3", "-march=native", *ROUNDING, "-fopenmp", "-shared", "-fPIC")
 SECONDS = 120
 """That compiling may take; it takes two."""
 
@@ -45,6 +47,7 @@ def why_not() -> str:
     return "" if compiler() else "there is no C++ compiler"
 
 
+@cache
 def library() -> ctypes.CDLL:
     """Compiled if it was not kept. `NotBuiltError`."""
     if reason := why_not():
@@ -54,7 +57,6 @@ def library() -> ctypes.CDLL:
     return _library(found)
 
 
-@cache
 def _library(compiler: str) -> ctypes.CDLL:
     try:
         key = _key(compiler)
