@@ -26,7 +26,8 @@ from qlora_cli.files import sha256
 SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in {".cpp", ".h"})
 ROUNDING = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 """What is written as two operations is rounded twice."""
-FLAGS = ("-std=c++17", "-O3", "-march=native", *ROUNDING, "-fopenmp", "-shared", "-fPIC")
+WIDE = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
+FLAGS = ("-std=c++17", "-O3", "-march=native", *WIDE, *ROUNDING, "-fopenmp", "-shared", "-fPIC")
 SECONDS = 120
 """That compiling may take; it takes two."""
 

@@ -9,7 +9,8 @@
 
 typedef uint16_t bf16;
 
-static const int64_t FEW = 16384;  // elements that one thread does faster than it wakes another
+static const int64_t FEW = 16384;   // elements that one thread does faster than it wakes another
+static const int64_t PIECE = 2048;  // elements that a thread does at a time: larger pieces took a third longer
 
 static inline float wide(bf16 x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -25,18 +26,26 @@ static inline bf16 narrow(float x) {  // to the nearest, ties to even
     return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest;
 }
 
+static inline float add_product(float a, float b, float c) {  // a b + c
+#ifdef __FMA__
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 static inline float exp_of(float x) {  // 2e-7 relative
     x = x < -87 ? -87 : x;
     x = x > 88 ? 88 : x;
     float whole = rintf(x * 1.44269504f);
-    float rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    float rest = add_product(whole, 2.12194440e-4f, add_product(whole, -0.693359375f, x));
     float y = 1.9875691500e-4f;
-    y = y * rest + 1.3981999507e-3f;
-    y = y * rest + 8.3334519073e-3f;
-    y = y * rest + 4.1665795894e-2f;
-    y = y * rest + 1.6666665459e-1f;
-    y = y * rest + 5.0000001201e-1f;
-    y = y * rest * rest + rest + 1;
+    y = add_product(y, rest, 1.3981999507e-3f);
+    y = add_product(y, rest, 8.3334519073e-3f);
+    y = add_product(y, rest, 4.1665795894e-2f);
+    y = add_product(y, rest, 1.6666665459e-1f);
+    y = add_product(y, rest, 5.0000001201e-1f);
+    y = add_product(y, rest * rest, rest + 1);
     int32_t bits = ((int32_t)whole + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
@@ -63,17 +72,25 @@ struct GeluTanh {  // x times the share 1 / (1 + exp(-2 z)), z = sqrt(2 / pi) (x
 
 template <class Activation>
 static void forward(bf16 *result, const bf16 *gate, const bf16 *up, int64_t count) {
-#pragma omp parallel for simd if (count > FEW)
-    for (int64_t i = 0; i < count; i++) result[i] = narrow(Activation::value(wide(gate[i])) * wide(up[i]));
+#pragma omp parallel for schedule(dynamic, 1) if (count > FEW)
+    for (int64_t first = 0; first < count; first += PIECE) {
+        int64_t last = first + PIECE < count ? first + PIECE : count;
+#pragma omp simd
+        for (int64_t i = first; i < last; i++) result[i] = narrow(Activation::value(wide(gate[i])) * wide(up[i]));
+    }
 }
 
 template <class Activation>
 static void backward(bf16 *dgate, bf16 *dup, const bf16 *dy, const bf16 *gate, const bf16 *up, int64_t count) {
-#pragma omp parallel for simd if (count > FEW)
-    for (int64_t i = 0; i < count; i++) {
-        float x = wide(gate[i]), d = wide(dy[i]);
-        dgate[i] = narrow(d * wide(up[i]) * Activation::slope(x));
-        dup[i] = narrow(d * Activation::value(x));
+#pragma omp parallel for schedule(dynamic, 1) if (count > FEW)
+    for (int64_t first = 0; first < count; first += PIECE) {
+        int64_t last = first + PIECE < count ? first + PIECE : count;
+#pragma omp simd
+        for (int64_t i = first; i < last; i++) {
+            float x = wide(gate[i]), d = wide(dy[i]);
+            dgate[i] = narrow(d * wide(up[i]) * Activation::slope(x));
+            dup[i] = narrow(d * Activation::value(x));
+        }
     }
 }
 

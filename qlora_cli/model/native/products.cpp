@@ -18,8 +18,9 @@ extern "C" int products_ready() { return 0; }
 
 #include <mutex>
 
-static const int64_t CACHED = 768 * 1024;  // bytes of A that a thread keeps in its second cache
+static const int64_t CACHED = 1408 * 1024;  // bytes of A that a thread keeps in its second cache
 static const int64_t DEEP = 8;             // blocks of the inner dimension of which A and B stay in the first
+static const int64_t FEW = 4;              // blocks of rows for which each thread unpacks B for itself
 
 struct Weight {                     // [outputs, inputs] in 4 bits, rows of whole blocks
     const uint8_t *codes;           // two in a byte, the first in its upper half
@@ -105,6 +106,21 @@ struct Product {
     const bf16 *bias;  // [columns] or null
     const Term *terms;
     int64_t count;
+
+    int64_t blocks() const { return (rows + E - 1) / E; }
+    int64_t steps() const {  // blocks of the inner dimension
+        int64_t sum = 0;
+        for (int64_t i = 0; i < count; i++) sum += terms[i].wide() / E;
+        return sum;
+    }
+    void pack(bf16 *into, int64_t column) const {  // 32 columns of all B
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t at = 0; at < terms[i].inner; at += E, into += E * E) terms[i].pack(into, at, column);
+    }
+    void copy(bf16 *into, int64_t first, int64_t last) const {  // these blocks of rows of all A
+        for (int64_t block = first; block < last; block++)
+            for (int64_t i = 0; i < count; into += E * terms[i++].wide()) terms[i].copy(into, block * E, rows);
+    }
 };
 
 // sums [2, 2, 16, 16] = a b, or += a b, of blocks that lie one after the other; meanwhile `lines` of 64 bytes a block
@@ -155,57 +171,77 @@ static void write_block(const Product &product, const float *sums, int64_t row, 
     }
 }
 
+// 32 columns, of which `b` holds all B, for blocks [first, last) of rows, of which `a` holds all A
+static void multiply_panel(const Product &product, const bf16 *a, int64_t first, int64_t last, const bf16 *b,
+                           int64_t column, float *sums) {
+    int64_t steps = product.steps(), pieces = steps / DEEP > 0 ? steps / DEEP : 1;
+    int64_t lines = (E + last - first - 1) / (last - first);
+    const bf16 *next = b + steps * E * E;
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        int64_t at = piece * steps / pieces, count = (piece + 1) * steps / pieces - at;
+        for (int64_t block = 0; block < last - first; block++, next += lines * count * E)
+            sum_blocks(sums + block * E * E, a + (block * steps + at) * E * E, b + at * E * E, count, piece > 0, next,
+                       lines);
+    }
+    for (int64_t block = first; block < last; block++)
+        write_block(product, sums + (block - first) * E * E, block * E, column);
+}
+
+// Each thread takes all rows to columns that it unpacks for itself.
+static void multiply_few_rows(const Product &product) {
+    int64_t blocks = product.blocks(), steps = product.steps();
+#pragma omp parallel
+    {
+        UsingTiles tiles;
+        room.clear((blocks + 1) * steps * E * E * 2 + blocks * E * E * 4 + 192);
+        bf16 *a = room.piece<bf16>(blocks * steps * E * E), *b = room.piece<bf16>(steps * E * E);
+        float *sums = room.piece<float>(blocks * E * E);
+        product.copy(a, 0, blocks);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t column = 0; column < product.columns; column += E) {
+            product.pack(b, column);
+            multiply_panel(product, a, 0, blocks, b, column, sums);
+        }
+    }
+}
+
 static Room shared;  // all B; one product at a time
 static std::mutex in_use;
 
-extern "C" int products_ready() { return ask_for_amx(); }
-
-extern "C" void multiply(const Product *given) {
-    const Product &product = *given;
+// All columns are unpacked once, for all threads; each thread takes as many rows to them as stay in its cache.
+static void multiply_many_rows(const Product &product) {
     std::lock_guard<std::mutex> alone(in_use);
-    int64_t inner = 0, blocks = (product.rows + E - 1) / E, threads = omp_get_max_threads();
-    for (int64_t i = 0; i < product.count; i++) inner += product.terms[i].wide();
-    shared.clear(inner * product.columns * 2);
-    bf16 *all = shared.piece<bf16>(inner * product.columns);
-    int64_t most = CACHED / (inner * E * 2) > 0 ? CACHED / (inner * E * 2) : 1;
+    int64_t blocks = product.blocks(), steps = product.steps(), threads = omp_get_max_threads();
+    int64_t most = CACHED / (steps * E * E * 2) > 0 ? CACHED / (steps * E * E * 2) : 1;
     int64_t chunks = ((blocks + most - 1) / most + threads - 1) / threads * threads;
-    int64_t steps = inner / E, pieces = steps / DEEP > 0 ? steps / DEEP : 1;
+    shared.clear(steps * E * product.columns * 2);
+    bf16 *all = shared.piece<bf16>(steps * E * product.columns);
 #pragma omp parallel
     {
         UsingTiles tiles;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t column = 0; column < product.columns; column += E) {
-            bf16 *into = all + column * inner;
-            for (int64_t i = 0; i < product.count; i++)
-                for (int64_t at = 0; at < product.terms[i].inner; at += E, into += E * E)
-                    product.terms[i].pack(into, at, column);
-        }
+        for (int64_t column = 0; column < product.columns; column += E) product.pack(all + column * steps * E, column);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
             int64_t first = chunk * blocks / chunks, last = (chunk + 1) * blocks / chunks;
             if (first == last) continue;
-            room.clear((last - first) * E * (inner * 2 + E * 4) + 128);
-            bf16 *rows = room.piece<bf16>((last - first) * E * inner);
+            room.clear((last - first) * E * E * (steps * 2 + 4) + 128);
+            bf16 *a = room.piece<bf16>((last - first) * steps * E * E);
             float *sums = room.piece<float>((last - first) * E * E);
-            for (int64_t block = first; block < last; block++) {
-                bf16 *into = rows + (block - first) * E * inner;
-                for (int64_t i = 0; i < product.count; into += E * product.terms[i++].wide())
-                    product.terms[i].copy(into, block * E, product.rows);
-            }
-            int64_t lines = (E + last - first - 1) / (last - first);
-            for (int64_t column = 0; column < product.columns; column += E) {
-                const bf16 *b = all + column * inner, *next = b + E * inner;
-                for (int64_t piece = 0; piece < pieces; piece++) {
-                    int64_t at = piece * steps / pieces, count = (piece + 1) * steps / pieces - at;
-                    for (int64_t block = 0; block < last - first; block++, next += lines * count * E)
-                        sum_blocks(sums + block * E * E, rows + (block * steps + at) * E * E, b + at * E * E, count,
-                                   piece > 0, next, lines);
-                }
-                for (int64_t block = first; block < last; block++)
-                    write_block(product, sums + (block - first) * E * E, block * E, column);
-            }
+            product.copy(a, first, last);
+            for (int64_t column = 0; column < product.columns; column += E)
+                multiply_panel(product, a, first, last, all + column * steps * E, column, sums);
         }
     }
+}
+
+extern "C" int products_ready() { return ask_for_amx(); }
+
+extern "C" void multiply(const Product *product) {
+    if (product->blocks() <= FEW)
+        multiply_few_rows(*product);
+    else
+        multiply_many_rows(*product);
 }
 
 #endif
