@@ -27,6 +27,7 @@ from qlora_cli.model.native.pointwise import native_kernels
 from qlora_cli.model.native.products import native_products
 from qlora_cli.model.packing import find_packing
 from qlora_cli.model.pointwise import Kernels, compiled_kernels, plain_kernels
+from qlora_cli.model.rotary import replace_rotary, restore_rotary
 from qlora_cli.model.segments import COMPILED, set_attention
 from qlora_cli.model.shortcuts import restore, shorten
 from qlora_cli.model.trial import DECLINED, in_mode, in_words
@@ -205,11 +206,14 @@ def _compiled(device: torch.device) -> Kernels:
 def _shortened(probe: _Probe, kernels: Kernels, how: str) -> Part:
     name = "fused norms and gates"
     norms, gates = shorten(probe.model, kernels)
-    problem = probe.off() if norms + gates else "the model has none that are known"
+    rotations = replace_rotary(probe.model, kernels.rotate) if kernels.rotate else 0
+    problem = probe.off() if norms + gates + rotations else "the model has none that are known"
     if problem:
         restore(probe.model)
+        restore_rotary(probe.model)
         return Part(name, False, problem)
-    return Part(name, True, f"{norms} norms and {gates} gated activations {how}")
+    rotary = f", {rotations} rotary embeddings" if rotations else ""
+    return Part(name, True, f"{norms} norms{rotary} and {gates} gated activations {how}")
 
 
 def _packed(probe: _Probe, compiled: bool) -> Part:

@@ -65,10 +65,12 @@ GATES: dict[str, tuple[Kernel, Kernel]] = {
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions above, or twins of theirs: each forward and backward."""
+    """The functions above, or twins of theirs: each forward and backward. `rotate` is (q, k, cos, sin) -> (q, k) with
+    rotary positions, differentiable; None: the model's own."""
 
     norm: tuple[Kernel, Kernel]
     gates: Mapping[str, tuple[Kernel, Kernel]]
+    rotate: Kernel | None = None
 
 
 def plain_kernels(wrap: Callable[[Kernel], Kernel] = lambda function: function) -> Kernels:

@@ -29,7 +29,10 @@ def test_compiled_parts_have_the_gradients_of_the_model_itself(tmp_path: Path) -
     model, layers = tiny(tmp_path / "base")
     wanted = measured(plain_engine(model), layers, PADDED)
     engine = build_engine(model, layers, compiled=True)
-    assert by_name(engine)["fused norms and gates"] == (True, "3 norms and 1 gated activations compiled")
+    assert by_name(engine)["fused norms and gates"] == (
+        True,
+        "3 norms, 1 rotary embeddings and 1 gated activations compiled",
+    )
     assert engine.compile_seconds > 0
     for batch in (PADDED, PACK):
         loss, gradient = measured(engine, layers, batch)

@@ -1,4 +1,5 @@
-// RMSNorm and the gated activations of an MLP on bfloat16 tensors, computed in float32 and rounded once.
+// RMSNorm, rotary positions and the gated activations of an MLP on bfloat16 tensors, computed in float32 and rounded
+// once.
 //
 // Knows pointers and sizes; nothing of Python. Plain loops, which the compiler turns into vectors. Invariant: a row, or
 // an element, is computed by one thread, in the same order however many threads there are.
@@ -94,7 +95,38 @@ static void backward(bf16 *dgate, bf16 *dup, const bf16 *dy, const bf16 *gate, c
     }
 }
 
+struct Rotation {  // of [batch, heads, tokens, width], by angles [batch, tokens, width]; the last stride is 1
+    bf16 *to;
+    const bf16 *from, *cosine, *sine;
+    int64_t to_batch, to_head, to_token, from_batch, from_head, from_token, angle_batch, angle_token;
+    int64_t batch, heads, tokens, width, back;  // back: by the transposed matrix
+};
+
+// halves (x, y) -> (x cos - y sin, y cos' + x sin'), where ' is the second half; back: (x cos + y sin', y cos' - x sin)
+static void rotate_row(bf16 *to, const bf16 *from, const bf16 *cosine, const bf16 *sine, int64_t half, bool back) {
+    for (int64_t i = 0; i < half; i++) {
+        float x = wide(from[i]), y = wide(from[i + half]);
+        float first = wide(sine[i]), second = wide(sine[i + half]);
+        to[i] = narrow(x * wide(cosine[i]) + y * (back ? second : -first));
+        to[i + half] = narrow(y * wide(cosine[i + half]) + x * (back ? -first : second));
+    }
+}
+
 extern "C" {
+
+void rotate(const Rotation *given) {
+    const Rotation &r = *given;
+#pragma omp parallel for collapse(2) if (r.batch * r.heads * r.tokens * r.width > FEW)
+    for (int64_t b = 0; b < r.batch; b++)
+        for (int64_t t = 0; t < r.tokens; t++) {
+            const bf16 *cosine = r.cosine + b * r.angle_batch + t * r.angle_token;
+            const bf16 *sine = r.sine + b * r.angle_batch + t * r.angle_token;
+            for (int64_t h = 0; h < r.heads; h++)
+                rotate_row(r.to + b * r.to_batch + h * r.to_head + t * r.to_token,
+                           r.from + b * r.from_batch + h * r.from_head + t * r.from_token, cosine, sine, r.width / 2,
+                           r.back);
+        }
+}
 
 void silu_forward(bf16 *result, const bf16 *gate, const bf16 *up, int64_t count) {
     forward<Silu>(result, gate, up, count);

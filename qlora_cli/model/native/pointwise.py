@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_cli.model.native.build import library
+from qlora_cli.model.native.rotary import rotate
 from qlora_cli.model.pointwise import Kernels, plain_kernels
 
 
@@ -21,7 +22,7 @@ def native_kernels() -> Kernels:
     library()
     plain = plain_kernels()
     gates = {name: (partial(_gate_forward, name, plain), partial(_gate_backward, name, plain)) for name in plain.gates}
-    return Kernels((partial(_norm_forward, plain), partial(_norm_backward, plain)), gates)
+    return Kernels((partial(_norm_forward, plain), partial(_norm_backward, plain)), gates, rotate)
 
 
 def _norm_forward(plain: Kernels, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ extern "C" int products_ready() { return 0; }
 #include <mutex>
 
 static const int64_t CACHED = 1408 * 1024;  // bytes of A that a thread keeps in its second cache
-static const int64_t DEEP = 8;             // blocks of the inner dimension of which A and B stay in the first
-static const int64_t FEW = 4;              // blocks of rows for which each thread unpacks B for itself
+static const int64_t DEEP = 8;              // blocks of the inner dimension of which A and B stay in the first
+static const int64_t FEW = 4;               // blocks of rows for which each thread unpacks B for itself
 
 struct Weight {                     // [outputs, inputs] in 4 bits, rows of whole blocks
     const uint8_t *codes;           // two in a byte, the first in its upper half
