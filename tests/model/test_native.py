@@ -296,6 +296,43 @@ def test_the_bits_of_products_do_not_depend_on_threads_or_on_other_tokens() -> N
         assert each[:5].isfinite().all() and each[6:].isfinite().all()
 
 
+@needs_attention
+@pytest.mark.parametrize("what", ["attention forward", "attention backward", "few", "many"])
+def test_memory_that_is_not_there_is_an_error_and_not_the_end(what: str) -> None:
+    if what in {"few", "many"} and NO_PRODUCTS:
+        pytest.skip(NO_PRODUCTS)
+    # in a process of its own, which may take no more than it has
+    code = f"""
+import resource, torch
+from qlora_cli.model.attention_math import Rule
+from qlora_cli.model.native.attention import attend
+from qlora_cli.model.native.products import native_products
+from tests.model.test_fused import base_of, lora_of
+
+what, rows = {what!r}, {{"few": 1, "many": 160}}.get({what!r}, 0)
+q, k, v = (torch.ones(400_000, 1, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+out = attend(q, k, v, (400_000,), Rule(0.3, 1)) if what == "attention backward" else None
+if rows:
+    size = (64, 400_000) if what == "few" else (65_536, 1024)
+    layer, products = lora_of(base_of("nf4", size[0], False, torch.bfloat16, size[1])), native_products()
+    x, h = torch.ones(rows, size[1]).bfloat16(), torch.ones(rows, 4).bfloat16()
+torch.randn(64, 64) @ torch.randn(64, 64)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, used + 2**25))
+try:
+    if rows:
+        products.forward(layer, x, h)
+    elif out is None:
+        attend(q, k, v, (400_000,), Rule(0.3, 1))
+    else:
+        out.sum().backward()
+except MemoryError as error:
+    print("MemoryError", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"MemoryError {'multiply' if what in {'few', 'many'} else what.replace(' ', '_')}\n"
+
+
 @needs_compiler
 def test_it_is_compiled_once_and_what_is_damaged_is_compiled_again(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library()

@@ -155,10 +155,12 @@ static void forward_head(const Call &call, int64_t row, int64_t head, const bf16
     }
 }
 
-extern "C" void attention_forward(const Call *given) {
+// 1: there is not enough memory
+extern "C" int attention_forward(const Call *given) {
     const Call &call = *given;
     int64_t groups = call.heads / call.key_heads;
-#pragma omp parallel
+    int failed = 0;
+#pragma omp parallel reduction(| : failed)
     {
         UsingTiles tiles;
 #pragma omp for schedule(dynamic, 1)
@@ -166,7 +168,8 @@ extern "C" void attention_forward(const Call *given) {
             int64_t row = task / call.key_heads, head = task % call.key_heads;
             Head k = head_of(call.k, head, call, row), v = head_of(call.v, head, call, row);
             int64_t block = E * k.wide, size = k.blocks() * block;
-            room.clear(size * 4 + block * 12 + k.blocks() * E * E * 4 + E * E * 2 + 1024);
+            failed |= !room.clear(size * 4 + block * 12 + k.blocks() * E * E * 4 + E * E * 2 + 1024);
+            if (failed) continue;
             bf16 *keys = room.piece<bf16>(size), *values = room.piece<bf16>(size), *rows = room.piece<bf16>(block);
             float *scores = room.piece<float>(k.blocks() * E * E);
             for (int64_t at = 0; at < k.blocks(); at++) {
@@ -179,6 +182,7 @@ extern "C" void attention_forward(const Call *given) {
                 forward_head(call, row, head * groups + g, keys, values, scores);
         }
     }
+    return failed;
 }
 
 struct Keys {              // what all query heads of a key head share
@@ -256,10 +260,12 @@ static void backward_head(const Call &call, int64_t row, int64_t head, const Key
     for (int64_t at = 0; at < count; at++) dq.write(sums + at * block, scaling, scaling, at);
 }
 
-extern "C" void attention_backward(const Call *given) {
+// 1: there is not enough memory
+extern "C" int attention_backward(const Call *given) {
     const Call &call = *given;
     int64_t groups = call.heads / call.key_heads;
-#pragma omp parallel
+    int failed = 0;
+#pragma omp parallel reduction(| : failed)
     {
         UsingTiles tiles;
 #pragma omp for schedule(dynamic, 1)
@@ -268,7 +274,8 @@ extern "C" void attention_backward(const Call *given) {
             Head k = head_of(call.k, head, call, row), v = head_of(call.v, head, call, row);
             Head dk = head_of(call.dk, head, call, row), dv = head_of(call.dv, head, call, row);
             int64_t block = E * k.wide, count = k.blocks(), size = count * block;
-            room.clear(size * (3 * 2 + 2 * 4 + 4 * 2 + 4) + block * 4 + count * E * 8 + E * E * 14 + 2048);
+            failed |= !room.clear(size * (3 * 2 + 2 * 4 + 4 * 2 + 4) + block * 4 + count * E * 8 + E * E * 14 + 2048);
+            if (failed) continue;
             Keys shared = {room.piece<bf16>(size), room.piece<bf16>(size), room.piece<bf16>(size),
                            room.piece<float>(size), room.piece<float>(size)};
             for (int64_t at = 0; at < count; at++) {
@@ -285,6 +292,7 @@ extern "C" void attention_backward(const Call *given) {
             }
         }
     }
+    return failed;
 }
 
 #endif

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_cli.model.attention_math import Rule, flash, torch_knows
-from qlora_cli.model.native.build import NotBuiltError, library, why_not
+from qlora_cli.model.native.build import NotBuiltError, library, run, why_not
 
 BY_AMX = 2
 """What attention_ready says where products are done by AMX."""
@@ -54,7 +54,7 @@ class _Attend(torch.autograd.Function):
             out, logs = flash(q, k, v, lengths, rule.scaling)
         else:
             out, logs = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-            library().attention_forward(ctypes.byref(_call(ctx.how, logs, q=q, k=k, v=v, out=out)))
+            run("attention_forward", _call(ctx.how, logs, q=q, k=k, v=v, out=out))
         ctx.save_for_backward(q, k, v, out, logs)
         return out
 
@@ -64,7 +64,7 @@ class _Attend(torch.autograd.Function):
         q, k, v, out, logs = ctx.saved_tensors
         inputs = {"q": q, "k": k, "v": v, "out": out, "dout": _in_line(dout)}
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        library().attention_backward(ctypes.byref(_call(ctx.how, logs, **inputs, dq=dq, dk=dk, dv=dv)))
+        run("attention_backward", _call(ctx.how, logs, **inputs, dq=dq, dk=dk, dv=dv))
         return dq, dk, dv, None, None
 
 

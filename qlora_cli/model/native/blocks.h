@@ -166,11 +166,14 @@ class Room {  // memory of a thread, cut into pieces; it grows, and is kept
     size_t size = 0, used = 0;
 
   public:
-    void clear(size_t bytes) {
+    bool clear(size_t bytes) {  // false: there is not so much
         used = 0;
-        if (bytes <= size) return;
+        if (bytes <= size) return true;
         free(data);
-        data = (char *)aligned_alloc(64, size = (bytes + 63) / 64 * 64);
+        size = (bytes + 63) / 64 * 64;
+        data = (char *)aligned_alloc(64, size);
+        if (!data) size = 0;
+        return data;
     }
     template <class T>
     T *piece(int64_t count) {

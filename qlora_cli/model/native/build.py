@@ -58,6 +58,12 @@ def library() -> ctypes.CDLL:
     return _library(found)
 
 
+def run(function: str, call: ctypes.Structure) -> None:
+    """One of the library's functions that take a structure and say whether they lacked memory: `MemoryError`."""
+    if getattr(library(), function)(ctypes.byref(call)):
+        raise MemoryError(function)
+
+
 def _library(compiler: str) -> ctypes.CDLL:
     try:
         key = _key(compiler)

@@ -188,35 +188,39 @@ static void multiply_panel(const Product &product, const bf16 *a, int64_t first,
 }
 
 // Each thread takes all rows to columns that it unpacks for itself.
-static void multiply_few_rows(const Product &product) {
+static int multiply_few_rows(const Product &product) {
     int64_t blocks = product.blocks(), steps = product.steps();
-#pragma omp parallel
+    int failed = 0;
+#pragma omp parallel reduction(| : failed)
     {
         UsingTiles tiles;
-        room.clear((blocks + 1) * steps * E * E * 2 + blocks * E * E * 4 + 192);
+        failed = !room.clear((blocks + 1) * steps * E * E * 2 + blocks * E * E * 4 + 192);
         bf16 *a = room.piece<bf16>(blocks * steps * E * E), *b = room.piece<bf16>(steps * E * E);
         float *sums = room.piece<float>(blocks * E * E);
-        product.copy(a, 0, blocks);
+        if (!failed) product.copy(a, 0, blocks);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t column = 0; column < product.columns; column += E) {
+            if (failed) continue;
             product.pack(b, column);
             multiply_panel(product, a, 0, blocks, b, column, sums);
         }
     }
+    return failed;
 }
 
 static Room shared;  // all B; one product at a time
 static std::mutex in_use;
 
 // All columns are unpacked once, for all threads; each thread takes as many rows to them as stay in its cache.
-static void multiply_many_rows(const Product &product) {
+static int multiply_many_rows(const Product &product) {
     std::lock_guard<std::mutex> alone(in_use);
     int64_t blocks = product.blocks(), steps = product.steps(), threads = omp_get_max_threads();
     int64_t most = CACHED / (steps * E * E * 2) > 0 ? CACHED / (steps * E * E * 2) : 1;
     int64_t chunks = ((blocks + most - 1) / most + threads - 1) / threads * threads;
-    shared.clear(steps * E * product.columns * 2);
+    if (!shared.clear(steps * E * product.columns * 2)) return 1;
+    int failed = 0;
     bf16 *all = shared.piece<bf16>(steps * E * product.columns);
-#pragma omp parallel
+#pragma omp parallel reduction(| : failed)
     {
         UsingTiles tiles;
 #pragma omp for schedule(dynamic, 1)
@@ -225,7 +229,8 @@ static void multiply_many_rows(const Product &product) {
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
             int64_t first = chunk * blocks / chunks, last = (chunk + 1) * blocks / chunks;
             if (first == last) continue;
-            room.clear((last - first) * E * E * (steps * 2 + 4) + 128);
+            failed |= !room.clear((last - first) * E * E * (steps * 2 + 4) + 128);
+            if (failed) continue;
             bf16 *a = room.piece<bf16>((last - first) * steps * E * E);
             float *sums = room.piece<float>((last - first) * E * E);
             product.copy(a, first, last);
@@ -233,15 +238,14 @@ static void multiply_many_rows(const Product &product) {
                 multiply_panel(product, a, first, last, all + column * steps * E, column, sums);
         }
     }
+    return failed;
 }
 
 extern "C" int products_ready() { return ask_for_amx(); }
 
-extern "C" void multiply(const Product *product) {
-    if (product->blocks() <= FEW)
-        multiply_few_rows(*product);
-    else
-        multiply_many_rows(*product);
+// 1: there is not enough memory
+extern "C" int multiply(const Product *product) {
+    return product->blocks() <= FEW ? multiply_few_rows(*product) : multiply_many_rows(*product);
 }
 
 #endif

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlora_cli.model.fused import Pairs, Products, bias_of, plain_backward, plain_forward
 from qlora_cli.model.lora import LoraLinear
-from qlora_cli.model.native.build import NotBuiltError, library, why_not
+from qlora_cli.model.native.build import NotBuiltError, library, run, why_not
 from qlora_cli.model.nf4 import Stored, is_four_bit, stored
 
 BLOCK = 32
@@ -67,7 +67,7 @@ def _multiply(like: Tensor, columns: int, terms: Sequence[_Term], bias: Tensor |
     product = _Product(
         result.data_ptr(), columns, len(result), columns, 0 if places is None else places.data_ptr(), listed, len(terms)
     )
-    library().multiply(ctypes.byref(product))
+    run("multiply", product)
     return result
 
 
