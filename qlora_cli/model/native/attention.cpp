@@ -155,34 +155,21 @@ static void forward_head(const Call &call, int64_t row, int64_t head, const bf16
     }
 }
 
-// 1: there is not enough memory
-extern "C" int attention_forward(const Call *given) {
-    const Call &call = *given;
-    int64_t groups = call.heads / call.key_heads;
-    int failed = 0;
-#pragma omp parallel reduction(| : failed)
-    {
-        UsingTiles tiles;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < call.rows * call.key_heads; task++) {
-            int64_t row = task / call.key_heads, head = task % call.key_heads;
-            Head k = head_of(call.k, head, call, row), v = head_of(call.v, head, call, row);
-            int64_t block = E * k.wide, size = k.blocks() * block;
-            failed |= !room.clear(size * 4 + block * 12 + k.blocks() * E * E * 4 + E * E * 2 + 1024);
-            if (failed) continue;
-            bf16 *keys = room.piece<bf16>(size), *values = room.piece<bf16>(size), *rows = room.piece<bf16>(block);
-            float *scores = room.piece<float>(k.blocks() * E * E);
-            for (int64_t at = 0; at < k.blocks(); at++) {
-                k.read(keys + at * block, at);
-                v.read(rows, at);
-                turned(values + at * block, rows, k.wide);
-            }
-            Room before = room;
-            for (int64_t g = 0; g < groups; g++, room = before)
-                forward_head(call, row, head * groups + g, keys, values, scores);
-        }
+static bool forward_row(const Call &call, int64_t row, int64_t head) {  // of a key head; false: memory lacks
+    Head k = head_of(call.k, head, call, row), v = head_of(call.v, head, call, row);
+    int64_t groups = call.heads / call.key_heads, block = E * k.wide, size = k.blocks() * block;
+    if (!room.clear(size * 4 + block * 12 + k.blocks() * E * E * 4 + E * E * 2 + 1024)) return false;
+    bf16 *keys = room.piece<bf16>(size), *values = room.piece<bf16>(size), *rows = room.piece<bf16>(block);
+    float *scores = room.piece<float>(k.blocks() * E * E);
+    for (int64_t at = 0; at < k.blocks(); at++) {
+        k.read(keys + at * block, at);
+        v.read(rows, at);
+        turned(values + at * block, rows, k.wide);
     }
-    return failed;
+    Room before = room;
+    for (int64_t g = 0; g < groups; g++, room = before)
+        forward_head(call, row, head * groups + g, keys, values, scores);
+    return true;
 }
 
 struct Keys {              // what all query heads of a key head share
@@ -260,39 +247,42 @@ static void backward_head(const Call &call, int64_t row, int64_t head, const Key
     for (int64_t at = 0; at < count; at++) dq.write(sums + at * block, scaling, scaling, at);
 }
 
-// 1: there is not enough memory
-extern "C" int attention_backward(const Call *given) {
-    const Call &call = *given;
-    int64_t groups = call.heads / call.key_heads;
+static bool backward_row(const Call &call, int64_t row, int64_t head) {  // of a key head; false: memory lacks
+    Head k = head_of(call.k, head, call, row), v = head_of(call.v, head, call, row);
+    Head dk = head_of(call.dk, head, call, row), dv = head_of(call.dv, head, call, row);
+    int64_t groups = call.heads / call.key_heads, block = E * k.wide, count = k.blocks(), size = count * block;
+    if (!room.clear(size * (3 * 2 + 2 * 4 + 4 * 2 + 4) + block * 4 + count * E * 8 + E * E * 14 + 2048)) return false;
+    Keys shared = {room.piece<bf16>(size), room.piece<bf16>(size), room.piece<bf16>(size), room.piece<float>(size),
+                   room.piece<float>(size)};
+    for (int64_t at = 0; at < count; at++) {
+        k.read(shared.k + at * block, at);
+        v.read(shared.v + at * block, at);
+        turned(shared.turned + at * block, shared.k + at * block, k.wide);
+    }
+    memset(shared.dk, 0, size * 4), memset(shared.dv, 0, size * 4);
+    Room before = room;
+    for (int64_t g = 0; g < groups; g++, room = before) backward_head(call, row, head * groups + g, shared);
+    for (int64_t at = 0; at < count; at++) {
+        dk.write_rows(shared.dk + at * block, call.scaling, at);
+        dv.write_rows(shared.dv + at * block, 1, at);
+    }
+    return true;
+}
+
+static int for_all(const Call &call, bool (*work)(const Call &, int64_t, int64_t)) {  // 1: memory lacks
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
         UsingTiles tiles;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < call.rows * call.key_heads; task++) {
-            int64_t row = task / call.key_heads, head = task % call.key_heads;
-            Head k = head_of(call.k, head, call, row), v = head_of(call.v, head, call, row);
-            Head dk = head_of(call.dk, head, call, row), dv = head_of(call.dv, head, call, row);
-            int64_t block = E * k.wide, count = k.blocks(), size = count * block;
-            failed |= !room.clear(size * (3 * 2 + 2 * 4 + 4 * 2 + 4) + block * 4 + count * E * 8 + E * E * 14 + 2048);
-            if (failed) continue;
-            Keys shared = {room.piece<bf16>(size), room.piece<bf16>(size), room.piece<bf16>(size),
-                           room.piece<float>(size), room.piece<float>(size)};
-            for (int64_t at = 0; at < count; at++) {
-                k.read(shared.k + at * block, at);
-                v.read(shared.v + at * block, at);
-                turned(shared.turned + at * block, shared.k + at * block, k.wide);
-            }
-            memset(shared.dk, 0, size * 4), memset(shared.dv, 0, size * 4);
-            Room before = room;
-            for (int64_t g = 0; g < groups; g++, room = before) backward_head(call, row, head * groups + g, shared);
-            for (int64_t at = 0; at < count; at++) {
-                dk.write_rows(shared.dk + at * block, call.scaling, at);
-                dv.write_rows(shared.dv + at * block, 1, at);
-            }
-        }
+        for (int64_t task = 0; task < call.rows * call.key_heads; task++)
+            failed |= !work(call, task / call.key_heads, task % call.key_heads);
     }
     return failed;
 }
+
+extern "C" int attention_forward(const Call *call) { return for_all(*call, forward_row); }
+
+extern "C" int attention_backward(const Call *call) { return for_all(*call, backward_row); }
 
 #endif
