@@ -72,8 +72,9 @@ def run(full: bool, work: Path, seed: int) -> dict[str, Any]:
     tiny = common.build(work)
     changes = {"train.steps": 24 if full else 12, "lora.dropout": 0.1, "data.eval_split": 4, "eval.every": 6}
     recipe = tiny.recipe(work / "kills.yaml", changes)
+    reference = common.finished(recipe, work / "reference", "-q")  # which compiles and keeps what later ones find
     started = time.monotonic()
-    reference = common.finished(recipe, work / "reference", "-q")
+    tally.failures += common.differences(common.finished(recipe, work / "again", "-q"), reference)
     duration = time.monotonic() - started
     while tally.kills < tally.wanted and not tally.failures:
         one_run(tally, recipe, work / f"run-{tally.runs}", reference, duration)

@@ -85,7 +85,7 @@ def units(
 
 def gap(found: Tensor, wanted: Tensor) -> float:
     """Relative to a typical size: gradients may be zero but for rounding."""
-    return float((found.double() - wanted.double()).norm() / (wanted.double().norm() + 0.01 * wanted.numel() ** 0.5))
+    return float((found.double() - wanted.double()).norm() / (wanted.double().norm() + 0.1 * wanted.numel() ** 0.5))
 
 
 def random_rows(lengths: tuple[int, ...], heads: tuple[int, int], width: int, seed: int = 0) -> list[Tensor]:
