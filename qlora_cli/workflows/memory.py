@@ -46,10 +46,10 @@ products of different shapes."""
 PER_WIDTH, PER_ROW = 25, 12
 """Shapes of products for each width of a micro-batch (a layer's linear layers and adapters, both ways), and in
 attention for each length of a row (blocks of queries)."""
-SLACK_SHARES = (3.2, 0.25)
+SLACK_SHARES = {False: (3.2, 0.25), True: (1.6, 0.05)}
 """CPU: what glibc's heap holds beyond what is in use, per byte of one layer at work and of what all layers keep: blocks
-of other sizes come and go among those that stay. Fitted to runs of three sizes and 20 steps, and one of 100
-(scripts/bench/memory.py)."""
+of other sizes come and go among those that stay; fewer where parts are compiled. Fitted to runs of three sizes and 20
+steps (scripts/bench/memory.py)."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ def plan_memory(recipe: Recipe, shape: Shape, load: Load, dtype: torch.dtype, de
         in_attention = 0 if load.compiled else PER_ROW * load.row_widths
         needed[PROGRAM] = STARTED + KERNEL * min(KERNELS, PER_WIDTH * load.widths + in_attention)
         at_work = _at_work(recipe, shape, load, dtype.itemsize, device)
-        needed[SLACK] = round(SLACK_SHARES[0] * at_work + SLACK_SHARES[1] * needed["layer inputs"])
+        working, keeping = SLACK_SHARES[load.compiled]
+        needed[SLACK] = round(working * at_work + keeping * needed["layer inputs"])
     return needed
 
 
