@@ -28,7 +28,7 @@ from qlora_cli.training.optim import STATE_BYTES
 from qlora_cli.workflows.events import size
 from qlora_cli.workflows.memory import Load, Shape, block_of, load_of, plan_memory, total
 
-COMPILE_FROM = {"cuda": 2e12}
+COMPILE_FROM = {"cpu": 0, "cuda": 2e12}
 """Tokens x parameters of a run that is long enough for torch's compiler to pay on a device (not measured). What is
 compiled for a CPU takes two seconds once, and pays always."""
 
@@ -141,7 +141,7 @@ def order_of(recipe: Recipe, data: TokenData) -> Order:
 
 def worth_compiling(recipe: Recipe, tokens: int, parameters: int, device: str) -> bool:
     """Whether the pointwise parts are to be compiled on this type of device, where there is a compiler."""
-    return recipe.model.compile == "auto" and tokens * parameters >= COMPILE_FROM.get(device, 0)
+    return recipe.model.compile == "auto" and tokens * parameters >= COMPILE_FROM.get(device, math.inf)
 
 
 def make_plan(recipe: Recipe, shape: Shape, data: TokenData, dtype: torch.dtype, device: str) -> Plan:

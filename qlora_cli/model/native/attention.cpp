@@ -32,7 +32,7 @@ struct Call {
 };
 
 // 0: not on this processor; 1: by AVX512-BF16; 2: by AMX
-extern "C" int attention_ready() { return ask_for_amx() ? 2 : 1; }
+extern "C" int attention_ready() { return amx ? 2 : 1; }
 
 static inline __m512 exp2_of(__m512 x) {          // polynomial of least error on [-0.5, 0.5]: 2e-7 relative
     x = _mm512_max_ps(_mm512_set1_ps(LEAST), x);  // the second stays where it is not a number

@@ -17,16 +17,9 @@ typedef uint16_t bf16;
 
 static const int E = 32;  // rows or columns of a block
 
-static bool amx = false;  // whether this process may use it; each file asks
-
-static inline bool ask_for_amx() {
 #ifdef __AMX_BF16__
-    amx = !syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, for the data of tiles
-#endif
-    return amx;
-}
+static const bool amx = !syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM: may this process use tiles' data?
 
-#ifdef __AMX_BF16__
 struct alignas(64) Tiles {
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
@@ -96,6 +89,8 @@ static inline void product_amx(float *c, const bf16 *a, int64_t lda, const bf16 
     _tile_stored(3, low + 16, ldc * 4);
 }
 #else
+static const bool amx = false;
+
 struct UsingTiles {
     UsingTiles() {}
 };

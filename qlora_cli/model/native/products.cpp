@@ -4,9 +4,8 @@
 // in float32, in an order that depends on shapes alone, and rounded once; the 4-bit factor is, bit for bit, what
 // bitsandbytes dequantises.
 //
-// C [rows, columns] = sum of A_i B_i over the terms i. All B are first laid out in blocks of 32 x 32, in pairs of rows,
-// in memory that all threads share; then each thread takes rows of A, as many as stay in its cache with all of their
-// inner dimension, to all columns.
+// C [rows, columns] = sum of A_i B_i over the terms i. Both factors are laid out in blocks of 32 x 32, B in pairs of
+// rows.
 
 #ifndef __AMX_BF16__
 extern "C" int products_ready() { return 0; }
@@ -241,7 +240,7 @@ static int multiply_many_rows(const Product &product) {
     return failed;
 }
 
-extern "C" int products_ready() { return ask_for_amx(); }
+extern "C" int products_ready() { return amx; }
 
 // 1: there is not enough memory
 extern "C" int multiply(const Product *product) {
